@@ -1,0 +1,188 @@
+"""Every setting of a run, validated once, on the driver.
+
+The notebook's `parameters` cell holds the literals; `Config.from_notebook` turns them into a `Config`. A value of the
+wrong type or out of range, and a name that is no setting, is a `ConfigError` that says what was found and what would
+be right. Nothing after this module checks a setting again.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A setting that can't work. The message has the value found and what would be right."""
+
+
+class Config(BaseModel):
+    """The settings of one training run. Units: lengths in tokens, sizes in samples, rates per optimizer step."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    # Model and data: "auto", "demo", a hub id or a local path.
+    model_name: str = "auto"
+    dataset_name: str = "auto"
+    dataset_config: str = ""
+    text_column: str = "text"
+    dataset_percentage: Annotated[float, Field(gt=0, le=100)] = 100.0
+    packing: bool = True
+    trust_remote_code: bool = False
+    # Parallelism.
+    tp_size: PositiveInt = 2
+    dp_size: PositiveInt = 2
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    use_gpu: bool | Literal["auto"] = "auto"
+    # Optimization.
+    batch_size_per_gpu: PositiveInt = 1
+    gradient_accumulation_steps: PositiveInt = 1
+    seq_length: Annotated[int, Field(ge=2)] = 512
+    num_epochs: PositiveInt = 1
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    master_weights: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    # Length of the run, what it prints and keeps.
+    debug_steps: NonNegativeInt = 0
+    log_interval: PositiveInt = 5
+    checkpoint_interval: NonNegativeInt = 0
+    checkpoints_to_keep: PositiveInt = 2
+    storage_path: str = "/tmp/tp_autotp"
+    experiment_name: str = "tp_autotp"
+    # The cluster.
+    max_failures: NonNegativeInt = 1
+    cluster_wait_seconds: NonNegativeInt = 0
+
+    @field_validator("experiment_name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name or name in (".", "..") or "/" in name or "\\" in name:
+            raise ValueError("must be a plain folder name, without slashes")
+        return name
+
+    @field_validator("storage_path")
+    @classmethod
+    def _is_a_path(cls, path: str) -> str:
+        if "://" in path:
+            raise ValueError("must be a folder that all nodes can reach (a mounted share, not a URL)")
+        if not path:
+            raise ValueError("must be the path of a folder")
+        return str(Path(path).expanduser().absolute())
+
+    @property
+    def num_workers(self) -> int:
+        """Ray Train workers, one per GPU: tp × dp."""
+        return self.tp_size * self.dp_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in one optimizer step. The ranks of a TP group share their samples, so tp_size is no factor."""
+        return self.batch_size_per_gpu * self.dp_size * self.gradient_accumulation_steps
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder that holds all that the run leaves behind."""
+        return Path(self.storage_path) / self.experiment_name
+
+    def change(self, **settings: Any) -> Config:
+        """Return a copy with some settings replaced, validated like the original."""
+        return make_config(**{**self.model_dump(), **settings})
+
+    @classmethod
+    def from_notebook(cls, namespace: dict[str, Any]) -> Config:
+        """Build the config from the notebook's `parameters` cell and what papermill injected after it.
+
+        Args:
+            namespace: the notebook's `globals()`. The names are read from the cells' sources, which IPython keeps in
+                `In`, so that a misspelt parameter is found although it is a valid variable.
+
+        Raises:
+            ConfigError: for an unknown name (with the nearest valid one) or a value that can't work.
+        """
+        names = parameter_names(namespace.get("In", []))
+        return make_config(**{name: namespace[name] for name in names})
+
+
+def make_config(**settings: Any) -> Config:
+    """Validate settings; one line per mistake in the `ConfigError`.
+
+    >>> make_config(tp_sise=2)
+    Traceback (most recent call last):
+    tp2d_helpers.config.ConfigError: tp_sise = 2: unknown parameter; did you mean tp_size?
+    """
+    try:
+        return Config(**settings)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = str(item["loc"][0])
+            message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.5)
+                message = "unknown parameter; " + (f"did you mean {near[0]}?" if near else "see the parameters cell")
+            line = f"{name} = {item['input']!r}: {message}"
+            if line not in lines:
+                lines.append(line)
+        raise ConfigError("\n".join(lines)) from None
+
+
+def parameter_names(cells: list[str]) -> list[str]:
+    """Names assigned by the newest `parameters` cell in `cells` and by papermill's injected cells after it.
+
+    papermill starts an injected cell with the line "# Parameters"; the notebook's own cell is known by the two names
+    that no other cell assigns.
+    """
+    names: dict[str, None] = {}
+    for source in cells:
+        assigned = _assigned_names(source)
+        if source.lstrip().startswith("# Parameters"):
+            names.update(dict.fromkeys(assigned))
+        elif {"model_name", "experiment_name"} <= set(assigned):
+            names = dict.fromkeys(assigned)
+    if not names:
+        raise ConfigError("no parameters cell was run: run the cell tagged `parameters` first")
+    return list(names)
+
+
+def _assigned_names(source: str) -> list[str]:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # IPython magics
+        return []
+    return [t.id for node in body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)]
+
+
+# What must not change between the start of a run and its resumption: the data order and the optimizer depend on it.
+IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing", "seq_length",
+            "seed", "tp_size", "dp_size", "zero_stage", "batch_size_per_gpu", "gradient_accumulation_steps",
+            "master_weights")  # fmt: skip
+
+
+def record_run(config: Config) -> None:
+    """Write the settings into the run's folder, or check them against the run that is already there.
+
+    Raises:
+        ConfigError: if the folder holds a run that this config would not continue; lists the settings that differ.
+    """
+    path = config.run_dir / "config.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    now = config.model_dump()
+    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
+    if differing:
+        raise ConfigError(
+            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "
+            f"({'; '.join(differing)}). Take another experiment_name, or the same settings to continue that run."
+        )
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2) + "\n")

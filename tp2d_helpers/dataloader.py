@@ -1,0 +1,275 @@
+"""Text → tokens → samples → the batches of one DP rank.
+
+Two things are decided here. *Tokenise once*: the tokens of a dataset go into one flat file in the cache, written by the
+first process of a node that needs it and memory-mapped by all the others. *Order from the seed alone*: an epoch is one
+permutation of the samples, cut into global batches; only then is a global batch dealt out to micro-batches and DP
+ranks. So optimizer step k sees the same samples on any (tp, dp) grid with the same global batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from tp2d_helpers.config import ConfigError
+from tp2d_helpers.demo import build_once, cache_dir, demo_documents, demo_model
+
+IGNORED = -100  # the label that PyTorch's cross-entropy skips
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+DEFAULT_CONFIGS = {"wikitext": "wikitext-2-raw-v1", "Salesforce/wikitext": "wikitext-2-raw-v1"}
+
+
+def load_text(dataset_name: str, dataset_config: str = "", dataset_percentage: float = 100.0) -> datasets.Dataset:
+    """Load the train split: "demo", a local file or folder (jsonl, json, csv, parquet, txt), or a hub id.
+
+    Raises:
+        ConfigError: if it can't be read, or is neither local nor in the cache while the hub can't be reached.
+    """
+    split = f"train[:{dataset_percentage:.15g}%]"
+    path = Path(dataset_name).expanduser()
+    if dataset_name == "demo":
+        documents = demo_documents()
+        return datasets.Dataset.from_dict({"text": documents[: round(len(documents) * dataset_percentage / 100)]})
+    try:
+        if path.is_file():
+            if path.suffix not in LOADERS:
+                raise ConfigError(f"dataset_name = {dataset_name!r}: a local file must be one of {', '.join(LOADERS)}")
+            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split=split)
+        if not path.exists() and dataset_name.startswith((".", "/", "~")):
+            raise ConfigError(f"dataset_name = {dataset_name!r}: no such file or folder")
+        name = dataset_config or DEFAULT_CONFIGS.get(dataset_name)
+        return datasets.load_dataset(str(path) if path.is_dir() else dataset_name, name, split=split)
+    except ConfigError:
+        raise
+    except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
+        raise ConfigError(
+            f"dataset_name = {dataset_name!r}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            'Without a way to the hub, take "demo" or the path of a local file or folder.'
+        ) from error
+
+
+def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer of a model and see to it that it can end a document and pad a line.
+
+    Raises:
+        ConfigError: if there is none, or it has neither a pad nor an end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ConfigError(
+            f"model_name = {model_name!r}: its tokenizer can't be loaded ({str(error).splitlines()[0]})"
+        ) from error
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"model_name = {model_name!r}: its tokenizer has neither an end-of-text nor a pad token; "
+            "set one in its tokenizer_config.json (eos_token)"
+        )
+    return tokenizer
+
+
+def prepare_tokens(
+    model_name: str,
+    dataset_name: str,
+    dataset_config: str = "",
+    text_column: str = "text",
+    dataset_percentage: float = 100.0,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Tokenise a dataset into the cache, once per node, and return the folder.
+
+    The folder holds `tokens.bin` (uint32, all documents end to end, each closed by the end-of-text token),
+    `offsets.npy` (int64 [documents + 1], where each begins) and `meta.json`.
+
+    Raises:
+        ConfigError: for a dataset that can't be loaded, lacks the column, or has no text in it.
+    """
+    request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, transformers.__version__]
+    stamps = [_stamp(Path(name).expanduser()) for name in (model_name, dataset_name)]
+    key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
+
+    def build(folder: Path) -> None:
+        text = load_text(dataset_name, dataset_config, dataset_percentage)
+        if text_column not in text.column_names:
+            raise ConfigError(
+                f"text_column = {text_column!r}: {dataset_name!r} has no such column; it has {text.column_names}"
+            )
+        tokenize(text.select_columns([text_column]), load_tokenizer(model_name, trust_remote_code), folder, progress)
+
+    return build_once(cache_dir() / f"tokens-{key}", build)
+
+
+def tokenize(
+    text: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, progress: bool = True
+) -> None:
+    """Write the tokens of a one-column dataset into `folder`, as `prepare_tokens` describes them.
+
+    Raises:
+        ConfigError: if no document has any text.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+    lengths: list[int] = []
+    with open(folder / "tokens.bin", "wb") as file:
+        with tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1) as bar:
+            for batch in text.iter(batch_size=1000):
+                documents = [document for document in next(iter(batch.values())) if document and document.strip()]
+                bar.update(len(next(iter(batch.values()))))
+                if not documents:
+                    continue
+                # Specials are off: the end-of-text token below is the only separator, whatever the tokenizer adds.
+                for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+                    file.write(np.asarray([*ids, end], dtype=np.uint32).tobytes())
+                    lengths.append(len(ids) + 1)
+    if not lengths:
+        raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    (folder / "meta.json").write_text(json.dumps({"documents": len(lengths), "tokens": sum(lengths), "pad": pad}))
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What changes when a local file or folder changes: names, sizes and times of what it holds."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+
+
+class TokenDataset(Dataset):
+    """Samples of `seq_length` tokens over a folder of `prepare_tokens`, memory-mapped.
+
+    Packed, sample i is tokens [i·S, (i+1)·S): every position is a real token, and the last, incomplete block is left
+    out. Padded, sample i is the first S tokens of document i, and the rest of its S positions is padding; documents
+    of one token are left out, as they have nothing to predict.
+    """
+
+    def __init__(self, folder: Path, seq_length: int, packing: bool = True) -> None:
+        self.seq_length, self.packing = seq_length, packing
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        self.pad = json.loads((folder / "meta.json").read_text())["pad"]
+        offsets = np.load(folder / "offsets.npy")
+        if packing:
+            self.starts = np.arange(len(self.tokens) // seq_length, dtype=np.int64) * seq_length
+            self.lengths = np.full(len(self.starts), seq_length, dtype=np.int64)
+        else:
+            whole = np.diff(offsets)
+            self.starts = offsets[:-1][whole > 1]
+            self.lengths = np.minimum(whole[whole > 1], seq_length)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels`, int64 [seq_length]; the labels of padding are `IGNORED`."""
+        start, length = self.starts[index], self.lengths[index]
+        tokens = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
+        padding = (0, self.seq_length - int(length))
+        input_ids = torch.nn.functional.pad(tokens, padding, value=self.pad)
+        return {"input_ids": input_ids, "labels": torch.nn.functional.pad(tokens, padding, value=IGNORED)}
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """The micro-batches of one DP rank, cut from global batches that every rank computes alike.
+
+    Epoch e is `randperm(samples)` seeded by (seed, e). Step k takes entries [k·G, (k+1)·G) with
+    G = micro_batch × dp_size × accumulation, reshaped to [accumulation, dp_size, micro_batch]; rank d takes [:, d].
+    The samples after the last whole global batch are left out of the epoch: none is repeated to fill it up, as
+    `DistributedSampler` would do.
+    """
+
+    def __init__(
+        self, samples: int, micro_batch: int, accumulation: int, dp_rank: int, dp_size: int, seed: int
+    ) -> None:
+        self.samples, self.dp_rank, self.seed = samples, dp_rank, seed
+        self.shape = (accumulation, dp_size, micro_batch)
+        self.global_batch = accumulation * dp_size * micro_batch
+        self.steps_per_epoch = samples // self.global_batch
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch, and the step in it to begin with (to resume in the middle)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        self.order, self.start_step = torch.randperm(self.samples, generator=generator), start_step
+
+    def global_batch_of(self, step: int) -> torch.Tensor:
+        """Sample indices of optimizer step `step`, [accumulation, dp_size, micro_batch]."""
+        return self.order[step * self.global_batch : (step + 1) * self.global_batch].view(self.shape)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.steps_per_epoch):
+            yield from self.global_batch_of(step)[:, self.dp_rank].tolist()
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.start_step) * self.shape[0]
+
+
+def create_dataloader(
+    model_name: str,
+    dataset_name: str,
+    seq_length: int,
+    batch_size_per_gpu: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int = 42,
+    dataset_percentage: float = 10.0,
+    gradient_accumulation_steps: int = 1,
+    packing: bool = True,
+    debug_steps: int = 0,
+    **source: Any,
+) -> DataLoader:
+    """Build the loader of one DP rank. It yields micro-batches; accumulation of them make a step.
+
+    Ranks of one TP group pass the same `dp_rank` and get the same batches. A batch holds `input_ids` and `labels`,
+    int64 [batch_size_per_gpu, seq_length]. No attention mask is needed: padding is on the right, where causal
+    attention never looks from a real token, and its labels are ignored.
+
+    Args:
+        debug_steps: end an epoch after this many optimizer steps (0: after all of them).
+        source: `dataset_config`, `text_column` and `trust_remote_code`, as for `prepare_tokens`.
+    """
+    folder = prepare_tokens(
+        model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source
+    )
+    dataset = TokenDataset(folder, seq_length, packing)
+    sampler = GlobalBatchSampler(
+        len(dataset), batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed
+    )
+    sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
+    return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available())
+
+
+def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Tensor]], int]]:
+    """Group the loader's micro-batches by optimizer step.
+
+    Yields:
+        (micro_batches, tokens): this rank's micro-batches of one step, and the real tokens of the global batch. Each
+        micro-batch also holds `num_items_in_batch`, a float: the targets of the global batch over its number of
+        micro-batches. Hugging Face models divide the summed loss by it, so that the plain mean over micro-batches and
+        DP ranks, which is what DeepSpeed takes of the gradients, is the mean over all targets, however they spread.
+        Every rank knows the lengths of all samples, so this costs no communication.
+    """
+    sampler, lengths = loader.batch_sampler, torch.from_numpy(loader.dataset.lengths)
+    accumulation, dp_size, _ = sampler.shape
+    batches = iter(loader)
+    for step in range(sampler.start_step, sampler.steps_per_epoch):
+        real = lengths[sampler.global_batch_of(step)]
+        targets = (real - 1).sum() / (accumulation * dp_size)
+        yield [{**next(batches), "num_items_in_batch": targets} for _ in range(accumulation)], int(real.sum())
+
+
+def data_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that `create_dataloader` takes."""
+    names = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "trust_remote_code",
+             "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps", "dp_size", "seed",
+             "debug_steps")  # fmt: skip
+    return {name: config[name] for name in names}

@@ -1,0 +1,119 @@
+"""The embedded default: a small model, a tokenizer and a text that need no network.
+
+- text: the Python language reference that ships inside CPython (`pydoc_data.topics`), one document per topic.
+- tokenizer: a byte-level BPE of 2048 tokens, trained on that text in about a second.
+- model: a Qwen2 of about a million parameters with seeded weights, tied embeddings and 4 KV heads.
+
+`SHAPES` has the configs of well-known models; `build_model` writes any of them with seeded random weights, to measure
+speed and memory where no weights can be downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_SIZE = 2048
+
+# Values from the models' published config.json files.
+SHAPES: dict[str, dict[str, Any]] = {
+    "demo": dict(model_type="qwen2", hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
+                 num_key_value_heads=4, vocab_size=VOCAB_SIZE, max_position_embeddings=2048, tie_word_embeddings=True),
+    "qwen2.5-0.5b": dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                         num_attention_heads=14, num_key_value_heads=2, vocab_size=151936,
+                         max_position_embeddings=32768, tie_word_embeddings=True),
+    "qwen2-7b": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                     num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+                     max_position_embeddings=131072, tie_word_embeddings=False),
+    "llama-3-8b": dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+                       max_position_embeddings=8192, tie_word_embeddings=False),
+}  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """Folder for what is built once per machine: `$TP2D_CACHE`, else `~/.cache/tp2d`."""
+    return Path(os.environ.get("TP2D_CACHE", "~/.cache/tp2d")).expanduser()
+
+
+def build_once(folder: Path, build: Callable[[Path], None], timeout: float = 3600) -> Path:
+    """Return `folder`, filled by `build` if it isn't there yet.
+
+    Safe when many processes call it at once: one builds into a temporary folder beside it, which then takes the name
+    in one step, and the others wait for at most `timeout` seconds (`filelock.Timeout` after that).
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock"), timeout=timeout):
+            if not folder.exists():
+                scratch = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+                try:
+                    build(scratch)
+                    scratch.rename(folder)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def demo_documents() -> list[str]:
+    """The demo's text: one string per topic of the Python language reference, in the topics' order by name."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of `VOCAB_SIZE` tokens whose last token, `END_OF_TEXT`, ends a document."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE - 1, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT})
+    return fast
+
+
+def build_model(shape: dict[str, Any], folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a Hugging Face folder with seeded random weights and the demo's tokenizer.
+
+    Args:
+        shape: `model_type` and the fields of its config, as in `SHAPES`.
+        folder: where `config.json`, the safetensors and the tokenizer go.
+        seed: of the weights; they are the same on every machine with the same torch.
+        dtype: of the weights on disk.
+    """
+    shape = dict(shape)
+    tokenizer = train_tokenizer(demo_documents())
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def demo_model(shape: str = "demo") -> Path:
+    """Folder of a model of `SHAPES`, built in the cache on first use (two seconds for the demo)."""
+    dtype = torch.float32 if shape == "demo" else torch.bfloat16
+    # The text, and with it the tokenizer, differs between versions of Python.
+    folder = cache_dir() / f"{shape}-py{platform.python_version()}-torch{torch.__version__}"
+    return build_once(folder, lambda scratch: build_model(SHAPES[shape], scratch, dtype=dtype))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Build a model with seeded random weights; print its folder.")
+    parser.add_argument("shape", choices=SHAPES)
+    print(demo_model(parser.parse_args().shape))

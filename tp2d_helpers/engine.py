@@ -1,0 +1,213 @@
+"""Load → shard → DeepSpeed engine, in this order:
+
+1. load the weights on the CPU, in the dtype they compute in (memory-mapped: the ranks of a node share the page cache);
+2. `deepspeed.initialize` shards them by AutoTP, each rank copying only its slices to its device, and then wraps the
+   optimizer by ZeRO, which keeps fp32 master weights of the shard;
+3. compare the shape of every shard with the plan, so that a layer that stayed whole is an error and not a slow run.
+"""
+
+from __future__ import annotations
+
+import collections
+import fnmatch
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tp2d_helpers.config import ConfigError
+from tp2d_helpers.mpu import ModelParallelUnit
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed  # noqa: E402  (reads DS_ACCELERATOR as it is imported)
+
+# How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
+SPLIT_DIM = {"colwise": 0, "rowwise": 1}
+WHOLE = {"replicated_with_grad_allreduce"}
+FUSED = ("qkv", "query_key_value", "gate_up")  # several matrices in one: a plain cut would mix them up
+
+
+def get_mixed_precision_dtype() -> torch.dtype:
+    """bf16 on GPUs that compute in it (Ampere and newer), fp16 on older ones, fp32 on CPU.
+
+    `torch.cuda.is_bf16_supported()` alone also says yes to GPUs that only emulate it, at a fraction of the speed.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
+    """Read the model's config. Raises `ConfigError` if it is neither local nor in the hub's reach or cache."""
+    try:
+        return AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ConfigError(
+            f"model_name = {model_name!r}: its config can't be loaded ({str(error).splitlines()[0]}) "
+            'Without a way to the hub, take "demo" or the path of a local folder.'
+        ) from error
+
+
+def meta_model(hf_config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """The model without storage: shapes only, nothing is allocated."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config)
+
+
+def sharding_plan(hf_config: transformers.PretrainedConfig, tp_size: int) -> dict[str, int | None]:
+    """Which dimension of each decoder weight AutoTP must divide: 0, 1, or None for a weight that stays whole.
+
+    The names are those of the base model's parameters. The rule is the model's own `base_model_tp_plan`, which AutoTP
+    follows. It is refused where AutoTP would leave a matrix whole, cut heads apart, or mix fused matrices up.
+
+    Raises:
+        ConfigError: for an architecture that AutoTP can't shard correctly, or a tp_size that doesn't divide it.
+    """
+    kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP: "
+    plan = getattr(hf_config, "base_model_tp_plan", None)
+    if not plan:
+        raise ConfigError(kind + "its config has no tp_plan. Qwen2, Qwen3, Llama and Mistral have one; or take tp_size 1")
+    unknown = sorted(set(plan.values()) - set(SPLIT_DIM) - WHOLE)
+    if unknown:
+        raise ConfigError(kind + f"its plan has the styles {unknown}; supported are {sorted({*SPLIT_DIM, *WHOLE})}")
+    heads = hf_config.num_attention_heads
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    if kv_heads % tp_size or heads % tp_size:
+        fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
+        raise ConfigError(f"tp_size = {tp_size}: must divide the {kv_heads} key-value heads; possible are {fits}")
+    result: dict[str, int | None] = {}
+    base = meta_model(hf_config).base_model
+    for name, parameter in base.named_parameters():
+        module, _, kind_of = name.rpartition(".")
+        style = next((s for pattern, s in plan.items() if fnmatch.fnmatch(module, pattern)), None)
+        dim = SPLIT_DIM.get(style)
+        result[name] = None if kind_of == "bias" and style == "rowwise" else dim
+        if not name.startswith("layers.") or parameter.ndim < 2:
+            continue
+        if dim is None or any(word in name for word in FUSED):
+            raise ConfigError(kind + f"{name} {list(parameter.shape)} is not covered by a plain column or row cut")
+        if parameter.shape[dim] % tp_size:
+            raise ConfigError(f"tp_size = {tp_size}: does not divide {name} {list(parameter.shape)} in dimension {dim}")
+    return result
+
+
+def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
+    """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+    )
+    model.config.use_cache = False
+    return model
+
+
+def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed config of a run: AutoTP, ZeRO, precision, batch sizes.
+
+    The batch sizes count samples: a step takes micro-batch × accumulation × dp_size of them, whatever tp_size is.
+    """
+    tp_size, zero_stage = config["tp_size"], config.get("zero_stage", 1)
+    micro_batch, accumulation = config["batch_size_per_gpu"], config.get("gradient_accumulation_steps", 1)
+    result: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * config["dp_size"],
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.get("max_grad_norm", 1.0),
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": dtype != torch.float32},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if tp_size > 1:
+        # The head's output stays divided by vocabulary, and the cross-entropy is computed on the parts: the whole
+        # logits, the largest activation of a small model, exist nowhere.
+        result["tensor_parallel"] = {"autotp_size": tp_size, "vocab_parallel_lm_head": True}
+    if dtype == torch.bfloat16:
+        low = config.get("master_weights", "fp32") == "bf16"
+        result["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": low, "bf16_optimizer_states": low}
+    elif dtype == torch.float16:
+        result["fp16"] = {"enabled": True}  # with dynamic loss scaling, DeepSpeed's default
+    return result
+
+
+def setup_model_with_autotp(
+    model_name: str,
+    tp_size: int,
+    dp_size: int,
+    world_rank: int,
+    world_size: int,
+    config: dict[str, Any],
+) -> tuple[deepspeed.DeepSpeedEngine, dist.ProcessGroup, dist.ProcessGroup, int, int]:
+    """Build the engine of this rank. Collective: every rank of the world calls it with the same arguments.
+
+    Returns:
+        (engine, tp_group, dp_group, tp_rank, dp_rank)
+
+    Raises:
+        ConfigError: if the model can't be sharded so.
+        RuntimeError: if AutoTP left a weight in another shape than planned.
+    """
+    if tp_size * dp_size != world_size:
+        raise ValueError(f"tp_size {tp_size} × dp_size {dp_size} must be the world size, {world_size}")
+    mpu = ModelParallelUnit.from_grid(tp_size, dp_size)
+    deepspeed.init_distributed()
+    dtype, seed = config.get("dtype") or get_mixed_precision_dtype(), config.get("seed", 42)
+
+    # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
+    transformers.set_seed(seed)
+    model = load_model(model_name, dtype, config.get("trust_remote_code", False))
+    if config.get("activation_checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    planned = _planned_shapes(model, tp_size)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.get("learning_rate", 1e-5),
+        weight_decay=config.get("weight_decay", 0.01),
+        fused=True,
+    )
+    warmup = transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))
+    if not torch.cuda.is_available():  # else DeepSpeed compiles a CPU kernel that only inference uses
+        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=warmup,
+        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype),
+        mpu=mpu,
+    )
+    _check_shards(engine.module, planned)
+    # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
+    transformers.set_seed(seed + 1 + mpu.dp_rank)
+    return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape of this rank's shard; ZeRO stage 3, which cuts it further, keeps it in `ds_shape`."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size]:
+    if tp_size == 1:
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
+    prefix = model.base_model_prefix + "."
+    vocabulary = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    dims = {prefix + name: dim for name, dim in sharding_plan(model.config, tp_size).items()}
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        shape, dim = list(parameter.shape), dims.get(name)
+        if id(parameter) in vocabulary and (tied or name not in dims):
+            dim = 0
+        if dim is not None:
+            shape[dim] //= tp_size
+        shapes[name] = torch.Size(shape)
+    return shapes
+
+
+def _check_shards(module: torch.nn.Module, planned: dict[str, torch.Size]) -> None:
+    found = {name: whole_shape(parameter) for name, parameter in module.named_parameters()}
+    wrong = [f"{n}: {list(found.get(n, []))}, planned {list(s)}" for n, s in planned.items() if found.get(n) != s]
+    if wrong:
+        raise RuntimeError(f"AutoTP did not shard the model as planned ({len(wrong)} weights): " + "; ".join(wrong[:4]))

@@ -1,0 +1,167 @@
+"""Loss, gradient norm, tokens/s, MFU and memory of every optimizer step, without stopping the GPU to ask for them.
+
+A step leaves its loss on the device and its time as a pair of CUDA events. `flush` fetches a block of steps at once:
+one all-reduce for their losses, one synchronisation for their times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+
+from tp2d_helpers.engine import meta_model
+
+# Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name found in the device's name counts.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of a GPU in FLOP/s (dense, 16 bit), None for a device that isn't in the table (a CPU, for one)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def flops_per_token(linear_parameters: int, layers: int, hidden_size: int, seq_length: int) -> float:
+    """Floating-point operations of a training step per token: 6·N + 6·L·h·s.
+
+    N counts the weights of all matrix products, the output head included and the embedding, a lookup, not. 2 of the 6
+    are the forward pass, 4 the backward pass. The second term is causal attention, 12·L·h·s halved by the mask
+    (Chowdhery et al. 2022, PaLM, appendix B, without the halving). Recomputed activations don't count.
+    """
+    return 6 * linear_parameters + 6 * layers * hidden_size * seq_length
+
+
+def model_flops_per_token(model: torch.nn.Module, config: transformers.PretrainedConfig, seq_length: int) -> float:
+    """`flops_per_token` of a whole, unsharded model; a meta model will do."""
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return flops_per_token(linear, config.num_hidden_layers, config.hidden_size, seq_length)
+
+
+class StepMetrics:
+    """Collects one record per optimizer step and writes `metrics.jsonl` in blocks.
+
+    A record has `step`, `epoch`, `loss` (mean over all targets of the global batch), `grad_norm` (before clipping),
+    `learning_rate`, `tokens` (real ones), `step_seconds`, `tokens_per_second`, `mfu` (None where the peak is unknown)
+    and `peak_memory_gib` (the highest of all ranks: GPU memory allocated, or on CPU the resident set of the process).
+    A number that isn't finite is written as null.
+    """
+
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], dp_group: dist.ProcessGroup, done: int
+    ) -> None:
+        """Begin after `done` steps: records of later steps, left by a run that was cut off, are dropped."""
+        self.engine, self.dp_group, self.interval = engine, dp_group, config["log_interval"]
+        self.path = Path(config["storage_path"]) / config["experiment_name"] / "metrics.jsonl"
+        self.cuda = engine.device.type == "cuda"
+        self.waiting: list[dict[str, Any]] = []
+        hf_config = engine.module.config
+        peak = peak_flops(torch.cuda.get_device_name()) if self.cuda else None
+        flops = model_flops_per_token(meta_model(hf_config), hf_config, config["seq_length"])
+        self.mfu_per_rate = flops / peak / dist.get_world_size() if peak else None
+        if dist.get_rank() == 0:
+            keep_until(self.path, done)
+        self.learning_rate = engine.get_lr()[0]
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last step out of the next step's (after a checkpoint, for one)."""
+        self.last = self._now()
+
+    def record(self, step: int, epoch: int, loss: torch.Tensor, tokens: int) -> None:
+        """Note a step that was just launched; flush when `log_interval` says so. Collective at a flush.
+
+        Args:
+            step: 1-based over the whole run.
+            epoch: 0-based.
+            loss: this rank's mean over its micro-batches, a 0-dim tensor that stays on its device.
+            tokens: real tokens of the global batch.
+        """
+        now = self._now()
+        self.waiting.append(
+            dict(step=step, epoch=epoch, loss=loss, grad_norm=self.engine.get_global_grad_norm(),
+                 learning_rate=self.learning_rate, tokens=tokens, step_seconds=(self.last, now))
+        )  # fmt: skip
+        self.last, self.learning_rate = now, self.engine.get_lr()[0]
+        if step % self.interval == 0:
+            self.flush()
+
+    def flush(self) -> float:
+        """Fetch and write what is waiting; return the newest loss (NaN if nothing was waiting). Collective.
+
+        Raises:
+            FloatingPointError: if a loss isn't finite, after writing the records.
+        """
+        if not self.waiting:
+            return math.nan
+        losses = torch.stack([record["loss"].float() for record in self.waiting])
+        dist.all_reduce(losses, group=self.dp_group)  # identical within a TP group, so the sum is over DP alone
+        losses = (losses / dist.get_world_size(self.dp_group)).tolist()
+        memory = torch.tensor(self._peak_memory(), device=self.engine.device)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        for record, loss in zip(self.waiting, losses, strict=True):
+            start, end = record["step_seconds"]
+            seconds = start.elapsed_time(end) / 1000 if self.cuda else end - start
+            rate = record["tokens"] / seconds
+            record.update(
+                loss=loss,
+                grad_norm=None if record["grad_norm"] is None else float(record["grad_norm"]),
+                step_seconds=seconds,
+                tokens_per_second=rate,
+                mfu=rate * self.mfu_per_rate if self.mfu_per_rate else None,
+                peak_memory_gib=memory.item(),
+            )
+        if dist.get_rank() == 0:
+            append(self.path, self.waiting)
+        bad = [record["step"] for record in self.waiting if not math.isfinite(record["loss"])]
+        self.waiting = []
+        if bad:
+            raise FloatingPointError(f"the loss of step {bad[0]} is not finite; the checkpoint before it is kept")
+        return losses[-1]
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _peak_memory(self) -> float:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; an incomplete last line, of a process that was killed, is left out."""
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records to a `metrics.jsonl`, numbers that aren't finite as null, and see that they reach the disk."""
+    finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in finite)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`, in one atomic replacement."""
+    records = [record for record in read_metrics(path) if record["step"] <= step]
+    scratch = path.with_suffix(".tmp")
+    scratch.unlink(missing_ok=True)
+    append(scratch, records)
+    scratch.replace(path)

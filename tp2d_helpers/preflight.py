@@ -1,0 +1,217 @@
+"""Can this cluster run this config? Asked on the driver, before a worker starts or a GPU is taken.
+
+`preflight` connects to Ray, settles what is "auto", and checks the cluster, the model, the data and the storage, in the
+order of what they cost. It ends in a table of what was found and what was chosen, or in one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+import tp2d_helpers
+from tp2d_helpers.config import Config, ConfigError, record_run
+from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset, load_tokenizer, prepare_tokens
+from tp2d_helpers.demo import demo_model
+from tp2d_helpers.engine import load_config, meta_model, sharding_plan
+
+WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
+PRE_AMPERE = {"K80", "P4", "P100", "V100", "T4"}  # no bf16 in hardware
+
+
+@dataclass
+class Plan:
+    """What preflight settled: the config without "auto", and what Ray Train and the reader need besides."""
+
+    config: Config
+    resources_per_worker: dict[str, float]
+    steps_per_epoch: int
+    rows: list[tuple[str, str, str]] = field(default_factory=list)  # (what, found, chosen)
+
+    @property
+    def worker_runtime_env(self) -> dict[str, Any]:
+        """Environment of the workers: on CPU, DeepSpeed must not take a GPU that happens to be there."""
+        return {} if self.config.use_gpu else {"env_vars": {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}}
+
+
+def connect() -> dict[str, float]:
+    """Connect to the Ray cluster there is (`RAY_ADDRESS`), or start one here; return its resources.
+
+    Worker logs are not sent to the notebook: every worker has a log file. The helpers travel to all nodes.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        package = str(Path(tp2d_helpers.__file__).parent)
+        # The package's parent is on the local workers' path already; py_modules serves the other nodes.
+        env = {"py_modules": [package]} if os.environ.get("RAY_ADDRESS") else {}
+        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=None)
+    return ray.cluster_resources()
+
+
+def preflight(config: Config) -> Plan:
+    """Check everything that can be checked before the launch.
+
+    Raises:
+        ConfigError: for the first thing that can't work, with the value found and what would be right.
+    """
+    resources = connect()
+    config, why = choose(config, resources)
+    rows = [("versions", ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "deepspeed", "ray")), "")]
+    rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
+    resources_per_worker = check_resources(config, resources)
+    rows.append(("precision", *describe_precision(config, resources)))
+    rows.append(("model", *check_model(config)))
+    steps, *described = check_data(config)
+    rows.append(("data", *described))
+    rows.append(("storage", check_storage(config), str(config.run_dir)))
+    record_run(config)
+    return Plan(config, resources_per_worker, steps, rows)
+
+
+def choose(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
+    """Settle what is "auto": GPUs if there are enough for tp × dp, and the model and data that suit them."""
+    gpus = int(resources.get("GPU", 0))
+    use_gpu = config.use_gpu if config.use_gpu != "auto" else gpus >= config.num_workers
+    why = "GPUs" if use_gpu else f"CPU ({gpus} GPUs for {config.num_workers} workers)" if gpus else "CPU"
+    model = {"auto": "Qwen/Qwen2.5-0.5B" if use_gpu else "demo"}.get(config.model_name, config.model_name)
+    dataset = {"auto": "Salesforce/wikitext" if use_gpu else "demo"}.get(config.dataset_name, config.dataset_name)
+    if model == "demo":
+        model = str(demo_model())
+    elif Path(model).expanduser().is_dir():
+        model = str(Path(model).expanduser().absolute())
+    elif model.startswith((".", "/", "~")):
+        raise ConfigError(f"model_name = {model!r}: no such folder")
+    return config.change(use_gpu=use_gpu, model_name=model, dataset_name=dataset), why
+
+
+def check_resources(config: Config, resources: dict[str, float]) -> dict[str, float]:
+    """Resources of one worker. Workers share cores where there are fewer cores than workers.
+
+    Raises:
+        ConfigError: if the cluster is too small. With `cluster_wait_seconds`, an autoscaling cluster gets that long
+            to grow first.
+    """
+    need, gpus, cpus = config.num_workers, int(resources.get("GPU", 0)), resources.get("CPU", 0)
+    # Ray counts resources in units of 1/10000.
+    share = {"CPU": min(1.0, int(cpus / need * 10_000) / 10_000)} if cpus else {}
+    if not config.use_gpu:
+        if need > WORKERS_PER_CORE * cpus:
+            raise ConfigError(
+                f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {need} workers on {cpus:g} CPU cores: "
+                f"at most {int(WORKERS_PER_CORE * cpus)} ({WORKERS_PER_CORE} per core) make sense"
+            )
+        return share
+    worker = {"GPU": 1.0, **share}
+    if gpus < need and not _grows_to([worker] * need, config.cluster_wait_seconds):
+        pairs = ", ".join(f"{tp} × {gpus // tp}" for tp in range(1, gpus + 1) if gpus % tp == 0)
+        raise ConfigError(
+            f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {need} GPUs, and the cluster has {gpus}"
+            + (f"; with those, take {pairs}" if gpus else "; set use_gpu to False to train on CPU")
+            + f". (Waited {config.cluster_wait_seconds} s for more: cluster_wait_seconds.)"
+        )
+    return worker
+
+
+def _grows_to(bundles: list[dict[str, float]], seconds: int) -> bool:
+    if seconds == 0:
+        return False
+    group = placement_group(bundles)  # the request that makes an autoscaler add nodes
+    try:
+        return group.wait(seconds)
+    finally:
+        remove_placement_group(group)
+
+
+def check_model(config: Config) -> tuple[str, str]:
+    """(what the model is, how it will be divided). Raises `ConfigError` if that can't be done."""
+    hf_config = load_config(config.model_name, config.trust_remote_code)
+    limit = getattr(hf_config, "max_position_embeddings", None)
+    if limit and config.seq_length > limit:
+        raise ConfigError(f"seq_length = {config.seq_length}: the model's positions end at {limit}")
+    if config.tp_size > 1:
+        sharding_plan(hf_config, config.tp_size)
+    load_tokenizer(config.model_name, config.trust_remote_code)
+    if not _has_weights(config.model_name):
+        raise ConfigError(f"model_name = {config.model_name!r}: the folder holds no weights (*.safetensors or *.bin)")
+    size = sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+    name = Path(config.model_name).name if Path(config.model_name).is_dir() else config.model_name
+    return f"{name}: {hf_config.model_type}, {size:,} parameters", (
+        f"{config.tp_size} shards × {config.dp_size} replicas, ZeRO stage {config.zero_stage}"
+    )
+
+
+def _has_weights(model_name: str) -> bool:
+    folder = Path(model_name)
+    return not folder.is_dir() or any(True for kind in ("*.safetensors", "*.bin") for _ in folder.glob(kind))
+
+
+def check_data(config: Config) -> tuple[int, str, str]:
+    """(steps per epoch, what the data is, how it is cut). Tokenises it if this node hasn't yet.
+
+    Raises:
+        ConfigError: if it can't be read or is smaller than one global batch.
+    """
+    folder = prepare_tokens(
+        config.model_name,
+        config.dataset_name,
+        config.dataset_config,
+        config.text_column,
+        config.dataset_percentage,
+        config.trust_remote_code,
+    )
+    data, size = TokenDataset(folder, config.seq_length, config.packing), config.global_batch_size
+    kind = "packed" if config.packing else "padded"
+    if len(data) < size:
+        raise ConfigError(
+            f"dataset_name = {config.dataset_name!r}: {len(data)} {kind} samples of {config.seq_length} tokens "
+            f"({len(data.tokens):,} tokens in all), fewer than one global batch of {size} (batch_size_per_gpu "
+            f"{config.batch_size_per_gpu} × dp_size {config.dp_size} × gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps}). Take a smaller one, shorter samples or more data."
+        )
+    steps = GlobalBatchSampler(len(data), size, 1, 0, 1, config.seed).steps_per_epoch
+    steps = min(steps, config.debug_steps or steps)
+    return (
+        steps,
+        f"{config.dataset_name}: {len(data.tokens):,} tokens, {len(data):,} {kind} samples of {config.seq_length}",
+        f"{steps} steps per epoch, {size} samples each",
+    )
+
+
+def check_storage(config: Config) -> str:
+    """Try to write where the run will. Raises `ConfigError` if that fails."""
+    probe = config.run_dir / f".probe-{uuid.uuid4().hex}"
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"storage_path = {config.storage_path!r}: can't be written ({error.strerror}); "
+            "take a folder that this user may write and that all nodes share"
+        ) from None
+    return "writable"
+
+
+def describe_cluster(resources: dict[str, float]) -> str:
+    """The cluster's nodes, cores and GPUs, with their type where Ray knows it."""
+    types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    gpus = f"{int(resources.get('GPU', 0))} GPUs" + (f" ({', '.join(types)})" if types else "")
+    return f"{nodes} node{'s' * (nodes > 1)}, {resources.get('CPU', 0):g} CPU cores, {gpus}; {platform.machine()}"
+
+
+def describe_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:
+    """(what the devices compute in, what that means for the masters), by the GPU types that Ray reports."""
+    if not config.use_gpu:
+        return "CPU", "fp32, gloo"
+    old = PRE_AMPERE & {name.partition(":")[2] for name in resources}
+    kind = "fp16 with loss scaling" if old else "bf16"
+    return f"{'no ' if old else ''}bf16 in hardware", f"{kind}, {config.master_weights} master weights, NCCL"
