@@ -1,20 +1,141 @@
-"""What the reader sees: sources, tables, the progress of a run, curves. Nothing here computes or decides."""
+"""What the reader sees: sources, tables, the progress of a run, curves. Nothing here decides anything."""
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
+import inspect
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from ray.train import WorkerGroupError
 
-def log_to_file(config: dict[str, Any], rank: int) -> None:
-    """Send all that this worker prints, its libraries and their C++ parts included, to `<run>/logs/rank_<rank>.log`."""
-    folder = Path(config["storage_path"]) / config["experiment_name"] / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.close(file)
+from tp2d_helpers.config import Config
+from tp2d_helpers.metrics import read_metrics
+
+MOST_LINES = 30  # of progress in one launch, however long the run
+
+
+class TrainingFailed(RuntimeError):
+    """The run ended with an error. The message has the first worker's, and where the logs are."""
+
+
+def show_source(*objects: Any) -> None:
+    """Display the source of functions or classes, as it is imported: what is read is what runs."""
+    source = "\n\n".join(inspect.getsource(thing).rstrip() for thing in objects)
+    display(Markdown(f"```python\n{source}\n```"))
+
+
+def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Display rows as a table; numbers are aligned right."""
+    rows = [list(row) for row in rows]
+    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+    lines = [header, ["--:" if right else ":--" for right in numeric], *rows]
+    cells = [["" if cell is None else str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    display(Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells)))
+
+
+@contextlib.contextmanager
+def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
+    """Print the progress of the run that the body launches: a line per `log_interval`, at most `MOST_LINES`.
+
+    Raises:
+        TrainingFailed: in place of the launch's own error, whose trace has hundreds of lines.
+    """
+    path, total = config.run_dir / "metrics.jsonl", config.num_epochs * steps_per_epoch
+    done = max((record["step"] for record in read_metrics(path)), default=0)
+    every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
+    print(f"{config.num_workers} workers, steps {done + 1} to {total}; their logs: {config.run_dir / 'logs'}", flush=True)
+    finished, began = threading.Event(), time.perf_counter()
+    thread = threading.Thread(target=_print_progress, args=(path, done, total, every, finished), daemon=True)
+    interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back
+    thread.start()
+    try:
+        yield
+    except Exception as error:
+        raise TrainingFailed(_describe(error, config)) from None
+    finally:
+        finished.set()
+        thread.join()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
+    print(f"finished in {time.perf_counter() - began:.0f} s")
+
+
+def _print_progress(path: Path, done: int, total: int, every: int, finished: threading.Event) -> None:
+    last = False
+    while not last:
+        last = finished.wait(0.5)  # one more look after the end
+        for record in read_metrics(path):
+            if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):
+                print(progress_line(record, total), flush=True)
+            done = max(done, record["step"])
+
+
+def progress_line(record: dict[str, Any], total: int) -> str:
+    """One record of `metrics.jsonl` in a line."""
+    number = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
+    norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+    mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
+    return (
+        f"step {record['step']:>{len(str(total))}}/{total}  epoch {record['epoch']}  loss {number}  grad norm {norm}"
+        f"  {record['tokens_per_second']:,.0f} tokens/s{mfu}  peak {record['peak_memory_gib']:.2f} GiB"
+    )
+
+
+def _describe(error: Exception, config: Config) -> str:
+    failures = getattr(error, "worker_failures", {}) if isinstance(error, WorkerGroupError) else {}
+    if not failures:
+        return f"{error}\nWorker logs: {config.run_dir / 'logs'}"
+    rank, failure = min(failures.items())
+    reason = str(failure).strip().splitlines() or [type(failure).__name__]
+    return (
+        f"{len(failures)} of {config.num_workers} workers failed; rank {rank}: {reason[-1]}\n"
+        f"Its log: {config.run_dir / 'logs' / f'rank_{rank}.log'}"
+    )
+
+
+def show_results(records: list[dict[str, Any]], first: int = 1) -> None:
+    """Display what steps `first` and later amount to. Rates are medians, so that the warm-up doesn't count."""
+    records = [record for record in records if record["step"] >= first]
+    seconds = statistics.median(record["step_seconds"] for record in records)
+    rate = statistics.median(record["tokens_per_second"] for record in records)
+    mfus = [record["mfu"] for record in records if record["mfu"] is not None]
+    rows = [
+        ("steps", f"{records[0]['step']} to {records[-1]['step']}"),
+        ("loss, first → last step", f"{records[0]['loss']:.4f} → {records[-1]['loss']:.4f}"),
+        ("tokens per step", f"{records[-1]['tokens']:,}"),
+        ("seconds per step (median)", f"{seconds:.3f}"),
+        ("tokens/s (median)", f"{rate:,.0f}"),
+        ("MFU (median)", f"{statistics.median(mfus):.1%}" if mfus else "unknown peak (CPU)"),
+        ("peak memory per worker", f"{records[-1]['peak_memory_gib']:.2f} GiB"),
+    ]
+    show_table(["measured", "value"], rows)
+
+
+def plot_metrics(records: list[dict[str, Any]], epoch_ends: Iterable[int] = ()) -> Figure:
+    """Loss and gradient norm over the steps; a dotted line after each step of `epoch_ends`."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    steps = [record["step"] for record in records]
+    curves: list[tuple[Any, str, Callable[[dict], Any]]] = [
+        (left, "loss (mean over the global batch)", lambda record: record["loss"]),
+        (right, "gradient norm (before clipping)", lambda record: record["grad_norm"]),
+    ]
+    for axis, label, value in curves:
+        axis.plot(steps, [math.nan if value(r) is None else value(r) for r in records], marker=".", color="#0072B2")
+        axis.set(xlabel="optimizer step", title=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        for end in epoch_ends:
+            axis.axvline(end + 0.5, linestyle=":", color="#D55E00")
+    plt.close(figure)  # the returned figure is displayed once, by the cell
+    return figure

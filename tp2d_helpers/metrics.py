@@ -10,6 +10,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ from tp2d_helpers.engine import meta_model
 # Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name found in the device's name counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
+
+
+def log_to_file(config: dict[str, Any], rank: int) -> None:
+    """Send all that this worker prints, its libraries and their C++ parts included, to `<run>/logs/rank_<rank>.log`."""
+    folder = Path(config["storage_path"]) / config["experiment_name"] / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -64,6 +77,7 @@ class StepMetrics:
         self.path = Path(config["storage_path"]) / config["experiment_name"] / "metrics.jsonl"
         self.cuda = engine.device.type == "cuda"
         self.waiting: list[dict[str, Any]] = []
+        self.newest_loss = math.nan
         hf_config = engine.module.config
         peak = peak_flops(torch.cuda.get_device_name()) if self.cuda else None
         flops = model_flops_per_token(meta_model(hf_config), hf_config, config["seq_length"])
@@ -102,7 +116,7 @@ class StepMetrics:
             FloatingPointError: if a loss isn't finite, after writing the records.
         """
         if not self.waiting:
-            return math.nan
+            return self.newest_loss
         losses = torch.stack([record["loss"].float() for record in self.waiting])
         dist.all_reduce(losses, group=self.dp_group)  # identical within a TP group, so the sum is over DP alone
         losses = (losses / dist.get_world_size(self.dp_group)).tolist()
@@ -123,10 +137,10 @@ class StepMetrics:
         if dist.get_rank() == 0:
             append(self.path, self.waiting)
         bad = [record["step"] for record in self.waiting if not math.isfinite(record["loss"])]
-        self.waiting = []
+        self.waiting, self.newest_loss = [], losses[-1]
         if bad:
             raise FloatingPointError(f"the loss of step {bad[0]} is not finite; the checkpoint before it is kept")
-        return losses[-1]
+        return self.newest_loss
 
     def _now(self) -> Any:
         if not self.cuda:
