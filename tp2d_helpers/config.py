@@ -22,6 +22,10 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 class ConfigError(ValueError):
     """A setting that can't work. The message has the value found and what would be right."""
 
+    def _render_traceback_(self) -> list[str]:
+        """In a notebook, IPython shows these lines: the message says it all, the frames of the checks nothing."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class Config(BaseModel):
     """The settings of one training run. Units: lengths in tokens, sizes in samples, rates per optimizer step."""
@@ -50,6 +54,7 @@ class Config(BaseModel):
     warmup_steps: NonNegativeInt = 0
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
@@ -58,8 +63,8 @@ class Config(BaseModel):
     log_interval: PositiveInt = 5
     checkpoint_interval: NonNegativeInt = 0
     checkpoints_to_keep: PositiveInt = 2
-    storage_path: str = "/tmp/tp_autotp"
-    experiment_name: str = "tp_autotp"
+    storage_path: str = "auto"
+    experiment_name: str = "auto"
     # The cluster.
     max_failures: NonNegativeInt = 1
     cluster_wait_seconds: NonNegativeInt = 0
@@ -78,7 +83,7 @@ class Config(BaseModel):
             raise ValueError("must be a folder that all nodes can reach (a mounted share, not a URL)")
         if not path:
             raise ValueError("must be the path of a folder")
-        return str(Path(path).expanduser().absolute())
+        return path if path == "auto" else str(Path(path).expanduser().absolute())
 
     @property
     def num_workers(self) -> int:
@@ -166,7 +171,7 @@ def _assigned_names(source: str) -> list[str]:
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it.
 IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing", "seq_length",
             "seed", "tp_size", "dp_size", "zero_stage", "batch_size_per_gpu", "gradient_accumulation_steps",
-            "master_weights")  # fmt: skip
+            "precision", "master_weights")  # fmt: skip
 
 
 def record_run(config: Config) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from ray.train import WorkerGroupError
 
-from tp2d_helpers.config import Config
+from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.metrics import read_metrics
 
 MOST_LINES = 30  # of progress in one launch, however long the run
@@ -27,6 +27,8 @@ MOST_LINES = 30  # of progress in one launch, however long the run
 
 class TrainingFailed(RuntimeError):
     """The run ended with an error. The message has the first worker's, and where the logs are."""
+
+    _render_traceback_ = ConfigError._render_traceback_
 
 
 def show_source(*objects: Any) -> None:

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402  (reads DS_ACCELERATOR as it is imported)
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
 SPLIT_DIM = {"colwise": 0, "rowwise": 1}
 WHOLE = {"replicated_with_grad_allreduce"}
@@ -153,7 +154,7 @@ def setup_model_with_autotp(
         raise ValueError(f"tp_size {tp_size} × dp_size {dp_size} must be the world size, {world_size}")
     mpu = ModelParallelUnit.from_grid(tp_size, dp_size)
     deepspeed.init_distributed()
-    dtype, seed = config.get("dtype") or get_mixed_precision_dtype(), config.get("seed", 42)
+    dtype, seed = PRECISIONS.get(config.get("precision")) or get_mixed_precision_dtype(), config.get("seed", 42)
 
     # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
     transformers.set_seed(seed)
@@ -186,6 +187,24 @@ def setup_model_with_autotp(
 def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Shape of this rank's shard; ZeRO stage 3, which cuts it further, keeps it in `ds_shape`."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def shard_table(hf_config: transformers.PretrainedConfig, tp_size: int) -> list[list[Any]]:
+    """What AutoTP makes of each kind of weight: rows of [name, cut, whole shape, shard shape, count].
+
+    This is the plan that `setup_model_with_autotp` holds every shard against; layers of one kind share a row.
+    """
+    model = meta_model(hf_config)
+    rows: dict[str, list[Any]] = {}
+    shards = _planned_shapes(model, tp_size)
+    for name, parameter in model.named_parameters():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        whole, shard = list(parameter.shape), list(shards[name])
+        # PyTorch keeps a weight as [out, in]: cutting `out` divides the columns of the A in X·A.
+        cut = "none" if whole == shard else "column-wise" if whole[0] != shard[0] else "row-wise"
+        cut = "by vocabulary" if cut != "none" and not kind.startswith(f"{model.base_model_prefix}.layers") else cut
+        rows.setdefault(kind, [f"`{kind}`", cut, str(whole), str(shard), 0])[4] += 1
+    return list(rows.values())
 
 
 def _planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from tp2d_helpers.demo import demo_model
 from tp2d_helpers.engine import load_config, meta_model, sharding_plan
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
+SHARED_STORAGE = Path("/mnt/cluster_storage")  # on an Anyscale workspace, a disk that all its nodes share
 PRE_AMPERE = {"K80", "P4", "P100", "V100", "T4"}  # no bf16 in hardware
 
 
@@ -89,7 +91,15 @@ def choose(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
         model = str(Path(model).expanduser().absolute())
     elif model.startswith((".", "/", "~")):
         raise ConfigError(f"model_name = {model!r}: no such folder")
-    return config.change(use_gpu=use_gpu, model_name=model, dataset_name=dataset), why
+    if Path(dataset).expanduser().exists():  # the workers have another working directory
+        dataset = str(Path(dataset).expanduser().absolute())
+    storage, name = config.storage_path, config.experiment_name
+    if storage == "auto":
+        storage = str(SHARED_STORAGE / "tp_autotp" if SHARED_STORAGE.is_dir() else Path("outputs").absolute())
+    if name == "auto":
+        name = f"tp_autotp_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:4]}"
+    settled = dict(model_name=model, dataset_name=dataset, storage_path=storage, experiment_name=name)
+    return config.change(use_gpu=use_gpu, **settled), why
 
 
 def check_resources(config: Config, resources: dict[str, float]) -> dict[str, float]:

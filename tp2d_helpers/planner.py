@@ -1,0 +1,65 @@
+"""What a (tp, dp, ZeRO stage) costs per GPU: bytes held and bytes sent, for a model's config.
+
+The counts are of what DeepSpeed 0.19.8 does, as formulas. A ring of n ranks moves 2·(n−1)/n of a tensor through each
+rank for an all-reduce, and (n−1)/n of it for an all-gather or a reduce-scatter (Thakur et al. 2005).
+"""
+
+from __future__ import annotations
+
+import transformers
+
+from tp2d_helpers.engine import meta_model
+
+# All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
+# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate and up, where the model has them).
+FORWARD_ALL_REDUCES = 2
+
+
+def parameter_count(hf_config: transformers.PretrainedConfig) -> int:
+    """Parameters of the model; tied weights count once."""
+    return sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+
+
+def tp_bytes(hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2) -> float:
+    """Bytes that tensor parallelism sends through each rank for one micro-batch, forward and backward.
+
+    Args:
+        tokens: of the micro-batch, batch × sequence.
+        width: bytes of an activation (2 for bf16).
+
+    Returns:
+        2·(t−1)/t · width · tokens · hidden · (L·(2 + column-wise layers) + 1 or 2). The last term is the head's input
+        gradient, and for tied models the vocabulary-parallel embedding's output. The loss's own reductions, three
+        numbers per token, are left out.
+    """
+    columns = sum(style == "colwise" for style in hf_config.base_model_tp_plan.values())
+    all_reduces = hf_config.num_hidden_layers * (FORWARD_ALL_REDUCES + columns) + 1 + hf_config.tie_word_embeddings
+    return 2 * (tp_size - 1) / tp_size * width * tokens * hf_config.hidden_size * all_reduces
+
+
+def zero_bytes(parameters: int, dp_size: int, stage: int, accumulation: int = 1, width: int = 2) -> float:
+    """Bytes that ZeRO sends through each rank for one optimizer step, whatever the number of tokens.
+
+    Stages 0 and 1 reduce the gradients once per step, stages 2 and 3 once per micro-batch. Stages 1 and 2 gather the
+    new weights once per step; stage 3 gathers them twice per micro-batch, for the forward and for the backward pass.
+
+    Args:
+        parameters: of this rank's TP shard (the model's over tp_size).
+    """
+    reduces = accumulation if stage >= 2 else 1
+    gathers = 2 * accumulation if stage == 3 else 1
+    return (dp_size - 1) / dp_size * width * parameters * (reduces + gathers)
+
+
+def state_bytes(parameters: int, tp_size: int, dp_size: int, stage: int, width: int = 2) -> dict[str, float]:
+    """Bytes per GPU that don't depend on the batch: weights, gradients, and Adam's fp32 masters and two moments.
+
+    ZeRO divides by dp_size the optimizer's part from stage 1, the gradients from stage 2, the weights at stage 3
+    (Rajbhandari et al. 2020, ZeRO, section 3).
+    """
+    shard = parameters / tp_size
+    return {
+        "weights": width * shard / (dp_size if stage >= 3 else 1),
+        "gradients": width * shard / (dp_size if stage >= 2 else 1),
+        "masters and moments": 12 * shard / (dp_size if stage >= 1 else 1),
+    }
