@@ -3,3 +3,10 @@
 A section of the notebook is a module here: `config`, `preflight`, `dataloader`, `mpu`, `engine`, `checkpoint`,
 `export`, `metrics`, `display`; `demo` holds the embedded default.
 """
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # DeepSpeed reads it as it is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import collections
 import fnmatch
-import os
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
@@ -20,10 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.mpu import ModelParallelUnit
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: E402  (reads DS_ACCELERATOR as it is imported)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.

@@ -40,8 +40,10 @@ class Plan:
 
     @property
     def worker_runtime_env(self) -> dict[str, Any]:
-        """Environment of the workers: on CPU, DeepSpeed must not take a GPU that happens to be there."""
-        return {} if self.config.use_gpu else {"env_vars": {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}}
+        """Environment of the workers, whatever the driver's is: a GPU that is there may not be wanted."""
+        if self.config.use_gpu:
+            return {"env_vars": {"DS_ACCELERATOR": "cuda"}}
+        return {"env_vars": {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}}
 
 
 def connect() -> dict[str, float]:
