@@ -169,9 +169,9 @@ def _assigned_names(source: str) -> list[str]:
 
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it.
-IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing", "seq_length",
-            "seed", "tp_size", "dp_size", "zero_stage", "batch_size_per_gpu", "gradient_accumulation_steps",
-            "precision", "master_weights")  # fmt: skip
+IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing",
+            "seq_length", "seed", "tp_size", "dp_size", "zero_stage", "batch_size_per_gpu",
+            "gradient_accumulation_steps", "precision", "master_weights")  # fmt: skip
 
 
 def record_run(config: Config) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.demo import build_once, cache_dir, demo_documents, demo_model
+from tp2d_helpers.demo import build_once, cache_dir, demo_documents
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}

@@ -56,7 +56,8 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
     path, total = config.run_dir / "metrics.jsonl", config.num_epochs * steps_per_epoch
     done = max((record["step"] for record in read_metrics(path)), default=0)
     every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
-    print(f"{config.num_workers} workers, steps {done + 1} to {total}; their logs: {config.run_dir / 'logs'}", flush=True)
+    steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
+    print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
     finished, began = threading.Event(), time.perf_counter()
     thread = threading.Thread(target=_print_progress, args=(path, done, total, every, finished), daemon=True)
     interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back

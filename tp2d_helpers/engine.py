@@ -67,7 +67,7 @@ def sharding_plan(hf_config: transformers.PretrainedConfig, tp_size: int) -> dic
     kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP: "
     plan = getattr(hf_config, "base_model_tp_plan", None)
     if not plan:
-        raise ConfigError(kind + "its config has no tp_plan. Qwen2, Qwen3, Llama and Mistral have one; or take tp_size 1")
+        raise ConfigError(kind + "its config has no tp_plan. Qwen2, Qwen3, Llama, Mistral have; or take tp_size 1")
     unknown = sorted(set(plan.values()) - set(SPLIT_DIM) - WHOLE)
     if unknown:
         raise ConfigError(kind + f"its plan has the styles {unknown}; supported are {sorted({*SPLIT_DIM, *WHOLE})}")

@@ -1,8 +1,8 @@
 """A checkpoint's files → a Hugging Face folder that `from_pretrained` loads. No GPU and no worker is needed.
 
-A DeepSpeed checkpoint under AutoTP has one file of weights per TP rank (and at ZeRO stage 3 one file of fp32 masters per
-rank), each with the shards under the whole model's names. A weight is put together by comparing its shard's shape with
-the whole shape: the dimension that differs is the one to concatenate.
+A DeepSpeed checkpoint under AutoTP has one file of weights per TP rank (and at ZeRO stage 3 one file of fp32 masters
+per rank), each with the shards under the whole model's names. A weight is put together by comparing its shard's shape
+with the whole shape: the dimension that differs is the one to concatenate.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import transformers
 
 from tp2d_helpers.engine import meta_model
 
-# Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name found in the device's name counts.
+# Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name that fits counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 World rank r sits at row `r // tp_size` (its DP rank) and column `r % tp_size` (its TP rank). A row is a TP group: it
 shares one batch and splits the weights. A column is a DP group: it shares one shard of the weights and splits the
-samples. TP ranks are neighbours in the world, so a TP group stays inside a node when tp_size divides the GPUs of a node.
+samples. TP ranks are neighbours in the world, so a TP group stays in one node if tp_size divides the GPUs of a node.
 """
 
 from __future__ import annotations

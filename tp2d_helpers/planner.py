@@ -11,7 +11,7 @@ import transformers
 from tp2d_helpers.engine import meta_model
 
 # All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
-# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate and up, where the model has them).
+# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them).
 FORWARD_ALL_REDUCES = 2
 
 

@@ -56,7 +56,7 @@ def connect() -> dict[str, float]:
         package = str(Path(tp2d_helpers.__file__).parent)
         # The package's parent is on the local workers' path already; py_modules serves the other nodes.
         env = {"py_modules": [package]} if os.environ.get("RAY_ADDRESS") else {}
-        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=None)
+        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
     return ray.cluster_resources()
 
 
