@@ -24,7 +24,7 @@ from tp2d_helpers.mpu import ModelParallelUnit
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
 SPLIT_DIM = {"colwise": 0, "rowwise": 1}
-WHOLE = {"replicated_with_grad_allreduce"}
+WHOLE = {"replicated_with_grad_allreduce", "embedding_rowwise"}  # the embedding: see `_planned_shapes`
 FUSED = ("qkv", "query_key_value", "gate_up")  # several matrices in one: a plain cut would mix them up
 
 
