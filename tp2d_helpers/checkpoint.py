@@ -1,7 +1,7 @@
 """Save to and load from Ray Train's storage, in DeepSpeed's own format.
 
-Every rank writes its part (weights of its TP shard, its ZeRO share of masters and moments) into a folder of its own;
-Ray Train merges the folders into one checkpoint. The client state has where the run was: `Progress`.
+Every rank writes its part: the weights of its TP shard, and its ZeRO share of masters and moments. The client state has
+where the run was: `Progress`. Ray Train keeps count of the checkpoints, and hands a restarted worker the newest.
 
 A checkpoint is a pickle: loading one runs code from it. `load_checkpoint` only ever loads what Ray Train kept for this
 run, in this run's folder.
@@ -10,11 +10,11 @@ run, in this run's folder.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+from pathlib import Path
 
 import deepspeed
 import ray.train
-from ray.train import Checkpoint
+from ray.train import Checkpoint, CheckpointUploadMode
 
 
 @dataclasses.dataclass
@@ -38,9 +38,18 @@ class Progress:
 
 
 def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, epoch: int, step: int, avg_loss: float, epoch_step: int = 0, samples: int = 0
+    engine: deepspeed.DeepSpeedEngine,
+    epoch: int,
+    step: int,
+    avg_loss: float,
+    epoch_step: int = 0,
+    samples: int = 0,
+    run_dir: str | Path = ".",
 ) -> None:
     """Save a checkpoint and report it to Ray Train. Collective: every rank calls it with the same arguments.
+
+    The ranks write straight into the run's folder, which all nodes share, so nothing is copied; the checkpoint counts
+    from the moment that Ray Train has every rank's report.
 
     Args:
         epoch: whole epochs done.
@@ -48,13 +57,16 @@ def save_checkpoint(
         avg_loss: mean loss of the newest step, kept with the checkpoint as its metric.
         epoch_step: optimizer steps done in the epoch that is under way.
         samples: samples consumed over the whole run.
+        run_dir: the run's folder, `<storage_path>/<experiment_name>`.
     """
     progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag=f"step_{step:08d}", client_state=dataclasses.asdict(progress))
-        metrics = {"loss": avg_loss, "epoch": epoch, "step": step}
-        name = f"checkpoint_{step:08d}"
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    folder = Path(run_dir) / f"checkpoint_{step:08d}"
+    engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=dataclasses.asdict(progress))
+    ray.train.report(
+        {"loss": avg_loss, "epoch": epoch, "step": step},
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine) -> Progress:

@@ -149,6 +149,8 @@ def setup_model_with_autotp(
     if tp_size * dp_size != world_size:
         raise ValueError(f"tp_size {tp_size} × dp_size {dp_size} must be the world size, {world_size}")
     mpu = ModelParallelUnit.from_grid(tp_size, dp_size)
+    if not torch.cuda.is_available():  # else DeepSpeed compiles, for a minute, a kernel that only inference uses
+        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     deepspeed.init_distributed()
     dtype, seed = PRECISIONS.get(config.get("precision")) or get_mixed_precision_dtype(), config.get("seed", 42)
 
@@ -165,8 +167,6 @@ def setup_model_with_autotp(
         fused=True,
     )
     warmup = transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))
-    if not torch.cuda.is_available():  # else DeepSpeed compiles a CPU kernel that only inference uses
-        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

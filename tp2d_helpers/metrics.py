@@ -27,16 +27,15 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
               "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}  # fmt: skip
 
 
-def log_to_file(config: dict[str, Any], rank: int) -> None:
+def log_to_file(run_dir: str | Path, rank: int) -> None:
     """Send all that this worker prints, its libraries and their C++ parts included, to `<run>/logs/rank_<rank>.log`."""
-    folder = Path(config["storage_path"]) / config["experiment_name"] / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    path = Path(run_dir) / "logs" / f"rank_{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.close(file)
+    with open(path, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -70,17 +69,23 @@ class StepMetrics:
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], dp_group: dist.ProcessGroup, done: int
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        dp_group: dist.ProcessGroup,
+        run_dir: str | Path,
+        seq_length: int,
+        log_interval: int = 1,
+        done: int = 0,
     ) -> None:
         """Begin after `done` steps: records of later steps, left by a run that was cut off, are dropped."""
-        self.engine, self.dp_group, self.interval = engine, dp_group, config["log_interval"]
-        self.path = Path(config["storage_path"]) / config["experiment_name"] / "metrics.jsonl"
+        self.engine, self.dp_group, self.interval = engine, dp_group, log_interval
+        self.path = Path(run_dir) / "metrics.jsonl"
         self.cuda = engine.device.type == "cuda"
         self.waiting: list[dict[str, Any]] = []
         self.newest_loss = math.nan
         hf_config = engine.module.config
         peak = peak_flops(torch.cuda.get_device_name()) if self.cuda else None
-        flops = model_flops_per_token(meta_model(hf_config), hf_config, config["seq_length"])
+        flops = model_flops_per_token(meta_model(hf_config), hf_config, seq_length)
         self.mfu_per_rate = flops / peak / dist.get_world_size() if peak else None
         if dist.get_rank() == 0:
             keep_until(self.path, done)
