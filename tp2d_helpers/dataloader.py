@@ -36,25 +36,30 @@ def load_text(dataset_name: str, dataset_config: str = "", dataset_percentage: f
     Raises:
         ConfigError: if it can't be read, or is neither local nor in the cache while the hub can't be reached.
     """
-    split = f"train[:{dataset_percentage:.15g}%]"
+    text = _load_all(dataset_name, dataset_config)
+    # Not by a split such as "train[:10%]": `datasets` takes whole percents only.
+    return text.select(range(round(len(text) * dataset_percentage / 100)))
+
+
+def _load_all(dataset_name: str, dataset_config: str) -> datasets.Dataset:
     path = Path(dataset_name).expanduser()
     if dataset_name == "demo":
-        documents = demo_documents()
-        return datasets.Dataset.from_dict({"text": documents[: round(len(documents) * dataset_percentage / 100)]})
+        return datasets.Dataset.from_dict({"text": demo_documents()})
     try:
         if path.is_file():
             if path.suffix not in LOADERS:
                 raise ConfigError(f"dataset_name = {dataset_name!r}: a local file must be one of {', '.join(LOADERS)}")
-            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split=split)
+            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
         if not path.exists() and dataset_name.startswith((".", "/", "~")):
             raise ConfigError(f"dataset_name = {dataset_name!r}: no such file or folder")
         name = dataset_config or DEFAULT_CONFIGS.get(dataset_name)
-        return datasets.load_dataset(str(path) if path.is_dir() else dataset_name, name, split=split)
+        return datasets.load_dataset(str(path) if path.is_dir() else dataset_name, name, split="train")
     except ConfigError:
         raise
     except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])  # some have no message
         raise ConfigError(
-            f"dataset_name = {dataset_name!r}: can't be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"dataset_name = {dataset_name!r}: can't be loaded ({reason}). "
             'Without a way to the hub, take "demo" or the path of a local file or folder.'
         ) from error
 
