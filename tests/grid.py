@@ -1,4 +1,4 @@
-"""Run the notebook's `train_func` on a (dp, tp) grid of local processes, without a Ray cluster.
+"""Run the notebook's `train_func` on a (dp, tp) grid of local CPU processes, without a Ray cluster, and compare runs.
 
 Ray Train's local mode runs a train function in a process that torchrun's variables describe. The processes are forked
 from a server that has imported everything once, so a 2×2 run of a tiny model takes seconds and not a minute.
@@ -11,32 +11,60 @@ import os
 import pickle
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbformat
+import pytest
+import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tp_autotp.ipynb"
 TIMEOUT = 300  # seconds for one run; a hang is a failure
-PRELOAD = ["torch", "ray.train.torch", "deepspeed", "transformers.models.qwen2.modeling_qwen2", "datasets",
-           "tp2d_helpers.preflight", "tp2d_helpers.metrics", "tp2d_helpers.checkpoint"]  # fmt: skip
+# With what would be imported late in every process: DeepSpeed's optimizers bring a compiler along (1.5 s of CPU time).
+PRELOAD = ["tp2d_helpers.preflight", "tp2d_helpers.metrics", "tp2d_helpers.checkpoint", "ray.train.torch", "ray.tune",
+           "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3",
+           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "nbformat", "pytest",
+           "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
+           "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen3.modeling_qwen3"]  # fmt: skip
+# The server must have these as it starts: a process forked from one that has looked for a GPU can't be told otherwise,
+# and Python 3.11's server takes the import path of what it preloads from the environment and, unless the path is
+# "safe", from the current folder.
+IMPORT_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1",
+               "PYTHONPATH": IMPORT_PATH}  # fmt: skip
 
 
 def notebook_definitions(*tags: str) -> dict[str, Any]:
-    """Execute the cells with these tags, in a namespace of their own, and return it: the code that is read is tested."""
+    """Execute the cells with these tags in a namespace of their own, and return it: what is read is what is tested."""
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     found = {tag: [cell for cell in cells if tag in cell.metadata.get("tags", [])] for tag in tags}
     missing = [tag for tag, tagged in found.items() if not tagged]
     if missing:
         raise LookupError(f"{NOTEBOOK.name} has no cell tagged {missing}")
-    namespace: dict[str, Any] = {"__name__": "notebook"}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     for tag in tags:
         for cell in found[tag]:
             exec(compile(cell.source, f"{NOTEBOOK.name}[{tag}]", "exec"), namespace)
     return namespace
+
+
+def fork_context() -> multiprocessing.context.BaseContext:
+    """Start processes by this: each begins in milliseconds with all libraries imported, and sees no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    return context
 
 
 def run_grid(config: dict[str, Any], after: Callable[..., Any] | None = None, patch: Callable | None = None) -> list:
@@ -51,41 +79,54 @@ def run_grid(config: dict[str, Any], after: Callable[..., Any] | None = None, pa
         What `after` returned, by rank.
 
     Raises:
-        RuntimeError: with the trace of the first rank that failed, or if the run takes longer than `TIMEOUT`.
+        RuntimeError: with the trace of the first rank that failed, as soon as it does, or if the run takes longer
+            than `TIMEOUT`. No process is left behind.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = config["tp_size"] * config["dp_size"]
-    ranks = []
-    for rank in range(world):
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world, port, config, after, patch, writer), daemon=True)
-        process.start()
-        writer.close()
-        ranks.append((process, reader))
+    processes, readers = [], {}
     try:
-        answers = []
-        for rank, (_, reader) in enumerate(ranks):
-            if not reader.poll(TIMEOUT):
-                raise RuntimeError(f"rank {rank} did not finish within {TIMEOUT} s")
-            answers.append(pickle.loads(reader.recv_bytes()))
-            if isinstance(answers[-1], BaseException):
-                raise RuntimeError(f"rank {rank}: {answers[-1].args[0]}")
-        return answers
+        for rank in range(world):
+            reader, writer = context.Pipe(duplex=False)
+            # The server keeps the environment it was started with; a test may have changed its own since.
+            place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+            arguments = (os.environ | ENVIRONMENT | place, config, after, patch, writer)
+            processes.append(context.Process(target=_rank, args=arguments, daemon=True))
+            processes[-1].start()
+            writer.close()
+            readers[reader] = rank
+        return _answers(readers)
     finally:
-        for process, _ in ranks:
+        for process in processes:
             process.kill()
             process.join()
 
 
-def _rank(rank: int, world: int, port: int, config: dict, after: Callable, patch: Callable, writer: Any) -> None:
+def _answers(readers: dict[Any, int]) -> list:
+    """What each rank sent, by rank. The first failure to arrive is the cause; the others follow from it."""
+    answers, end = {}, time.monotonic() + TIMEOUT
+    while readers:
+        ready = wait(list(readers), timeout=end - time.monotonic())
+        if not ready:
+            raise RuntimeError(f"the ranks {sorted(readers.values())} did not finish within {TIMEOUT} s")
+        for reader in ready:
+            rank = readers.pop(reader)
+            try:
+                failed, answers[rank] = pickle.loads(reader.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank}: the process ended without an answer") from None
+            if failed:
+                raise RuntimeError(f"rank {rank}: {answers[rank]}")
+    return [answers[rank] for rank in sorted(answers)]
+
+
+def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Callable, writer: Any) -> None:
     try:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        import torch
+        os.environ.update(environment)
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -109,10 +150,77 @@ def _rank(rank: int, world: int, port: int, config: dict, after: Callable, patch
 
         run = RunConfig(name=config["experiment_name"], storage_path=config["storage_path"])
         TorchTrainer(train, train_loop_config=config, scaling_config=ScalingConfig(num_workers=0), run_config=run).fit()
-        answer = kept["result"]
+        answer = pickle.dumps((False, kept["result"]))
     except BaseException:
-        answer = RuntimeError(traceback.format_exc())
-    writer.send_bytes(pickle.dumps(answer))
+        answer = pickle.dumps((True, traceback.format_exc()))
+    writer.send_bytes(answer)
     writer.close()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed and gloo threads may not end by themselves
+
+
+@dataclass
+class Run:
+    """What a run left behind, to compare with another's."""
+
+    config: dict[str, Any]
+    records: list[dict[str, Any]]  # of metrics.jsonl
+    weights: dict[str, torch.Tensor]  # whole, put together from the shards of rank 0's TP group
+    replicated: dict[str, bool]  # weights that every TP rank holds whole: are they bit-identical?
+    sharded: dict[str, bool]  # weights that are divided: are the shards bit-identical? (they had better not be)
+
+    def losses(self) -> list[float]:
+        """Loss of every step."""
+        return [record["loss"] for record in self.records]
+
+
+def final_weights(engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> tuple[dict, dict, dict]:
+    """For `run_grid(after=)`: `weights` (on rank 0), `replicated` and `sharded` of a `Run`. Collective."""
+    import deepspeed
+
+    from tp2d_helpers.engine import meta_model
+
+    whole = {name: p.shape for name, p in meta_model(engine.module.config).named_parameters(remove_duplicate=False)}
+    parameters = dict(engine.module.named_parameters(remove_duplicate=False))
+    distinct = list({id(p): p for p in parameters.values()}.values())
+    stage_3 = any(hasattr(p, "ds_id") for p in distinct)
+    weights, replicated, sharded = {}, {}, {}
+    with deepspeed.zero.GatheredParameters(distinct) if stage_3 else nullcontext():
+        for name, parameter in parameters.items():
+            shard = parameter.data.float().contiguous()
+            low, high = shard.clone(), shard.clone()
+            dist.all_reduce(low, dist.ReduceOp.MIN, group=tp_group)
+            dist.all_reduce(high, dist.ReduceOp.MAX, group=tp_group)
+            differing = [dim for dim, size in enumerate(whole[name]) if shard.shape[dim] != size]
+            (sharded if differing else replicated)[name] = torch.equal(low, high)
+            shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(tp_group))]
+            dist.all_gather(shards, shard, group=tp_group)
+            weights[name] = torch.cat(shards, differing[0]) if differing else shard.clone()
+    return weights if dist.get_rank() == 0 else {}, replicated, sharded
+
+
+def assert_equal_runs(
+    run: Run, reference: Run, loss: float = 1e-5, grad_norm: float = 1e-4, weight: float = 0.01
+) -> None:
+    """Assert that two runs in fp32 are one and the same training, but for the order in which sums were taken.
+
+    Args:
+        loss, grad_norm: relative tolerances of every step.
+        weight: tolerance of the final weights: the root mean square, over each tensor, of the difference, in units of
+            the learning rate. An Adam step moves a weight by about the learning rate whatever the size of its
+            gradient, so a weight whose gradient is all rounding error takes another step in each run, and no bound
+            on a single weight can be tight. But a tensor that missed one of its updates is off by about 1.
+    """
+    for now, then in zip(run.records, reference.records, strict=True):
+        for name in ("step", "epoch", "tokens", "learning_rate"):
+            assert now[name] == then[name], f"step {then['step']}: {name} {now[name]} != {then[name]}"
+        tolerances = {"loss": loss} | ({"grad_norm": grad_norm} if run.config["zero_stage"] else {})  # stage 0 has none
+        for name, tolerance in tolerances.items():
+            same = now[name] == pytest.approx(then[name], rel=tolerance, abs=0)
+            assert same, f"step {then['step']}: {name} {now[name]} != {then[name]}"
+    unlike = [name for name, identical in run.replicated.items() if not identical]
+    assert not unlike, f"replicated weights differ between TP ranks: {unlike}"
+    assert run.weights.keys() == reference.weights.keys()
+    for name, then in reference.weights.items():
+        error = (run.weights[name] - then).pow(2).mean().sqrt().item() / reference.config["learning_rate"]
+        assert error <= weight, f"{name} is off by {error:.2g} learning rates"

@@ -1,0 +1,79 @@
+"""Fixtures of all tests: caches of their own, models small enough to train in a second, and runs on a grid."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before the libraries are imported: no test reaches for the network, or leaves something in the user's caches.
+CACHE = tempfile.TemporaryDirectory(prefix="tp2d-tests-")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=f"{CACHE.name}/datasets", TP2D_CACHE=f"{CACHE.name}/tp2d",
+                  TOKENIZERS_PARALLELISM="false")  # fmt: skip
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, whatever the current folder
+
+import grid  # noqa: E402
+import torch  # noqa: E402
+
+from tp2d_helpers.config import make_config  # noqa: E402
+from tp2d_helpers.demo import build_model, build_once, cache_dir  # noqa: E402
+from tp2d_helpers.metrics import read_metrics  # noqa: E402
+
+TINY = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+            vocab_size=2048, max_position_embeddings=256)  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2-tied": dict(model_type="qwen2", tie_word_embeddings=True),
+    "qwen2-untied": dict(model_type="qwen2", tie_word_embeddings=False),
+    "qwen2-dropout": dict(model_type="qwen2", tie_word_embeddings=True, attention_dropout=0.1),
+    "llama": dict(model_type="llama", tie_word_embeddings=False),
+    "qwen3": dict(model_type="qwen3", tie_word_embeddings=True, head_dim=8),
+    # A window shorter than the sequence, or it would compute what Llama does.
+    "mistral": dict(model_type="mistral", tie_word_embeddings=False, head_dim=8, sliding_window=32),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[[str], Path]:
+    """tiny_model(name): the folder of a model of `MODELS` with seeded fp32 weights, about 200,000 of them."""
+
+    def folder(name: str) -> Path:
+        shape = TINY | MODELS[name]
+        return build_once(cache_dir() / name, lambda scratch: build_model(shape, scratch, dtype=torch.float32))
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., grid.Run]:
+    """train(model, **settings): 20 steps of 4 samples by the notebook's `train_func`; asked again, the same run.
+
+    `model` is a name in `MODELS` or a folder. The global batch stays 4 whatever dp_size and
+    gradient_accumulation_steps are. `patch` goes to `run_grid`.
+    """
+
+    @functools.cache
+    def run(model: str | Path, patch: Callable | None = None, **settings: Any) -> grid.Run:
+        accumulation, dp_size = settings.get("gradient_accumulation_steps", 1), settings.get("dp_size", 1)
+        defaults = dict(
+            model_name=str(tiny_model(model) if model in MODELS else model), dataset_name="demo", use_gpu=False,
+            tp_size=1, dp_size=1, batch_size_per_gpu=4 // dp_size // accumulation, seq_length=64, debug_steps=20,
+            learning_rate=1e-3, warmup_steps=4, storage_path=str(tmp_path_factory.mktemp("run")),
+        )  # fmt: skip
+        config = make_config(**{**defaults, **settings})
+        answers = grid.run_grid(config.model_dump(), after=grid.final_weights, patch=patch)
+        return grid.Run(
+            config.model_dump(),
+            read_metrics(config.run_dir / "metrics.jsonl"),
+            weights=answers[0][0],
+            replicated={name: all(answer[1][name] for answer in answers) for name in answers[0][1]},
+            sharded={name: any(answer[2][name] for answer in answers) for name in answers[0][2]},
+        )
+
+    return run
