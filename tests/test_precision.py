@@ -36,7 +36,7 @@ def moved(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
             seq_length=64, debug_steps=20, learning_rate=1e-5, weight_decay=0.0, master_weights=master_weights,
             storage_path=folder,
         )  # fmt: skip
-        shards = grid.run_grid({**config.model_dump(), "dtype": torch.bfloat16}, after=_masters)
+        shards = grid.run_grid({**config.model_dump(), "precision": "bf16"}, after=_masters)
         assert torch.equal(shards[0], shards[2]) and torch.equal(shards[1], shards[3])  # ranks 0 and 2 are one DP group
         start = safetensors.torch.load_file(model / "model.safetensors")[WEIGHT].bfloat16().float()
         return (torch.cat(shards[:2]).float() != start).float().mean().item()
