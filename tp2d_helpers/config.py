@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class ConfigError(ValueError):
@@ -30,13 +31,13 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """The settings of one training run. Units: lengths in tokens, sizes in samples, rates per optimizer step."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     # Model and data: "auto", "demo", a hub id or a local path.
-    model_name: str = "auto"
-    dataset_name: str = "auto"
+    model_name: Name = "auto"
+    dataset_name: Name = "auto"
     dataset_config: str = ""
-    text_column: str = "text"
+    text_column: Name = "text"
     dataset_percentage: Annotated[float, Field(gt=0, le=100)] = 100.0
     packing: bool = True
     trust_remote_code: bool = False
@@ -116,6 +117,9 @@ class Config(BaseModel):
             ConfigError: for an unknown name (with the nearest valid one) or a value that can't work.
         """
         names = parameter_names(namespace.get("In", []))
+        missing = [name for name in names if name not in namespace]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)}: not assigned; the parameters cell ended in an error: mend it")
         return make_config(**{name: namespace[name] for name in names})
 
 
@@ -165,7 +169,9 @@ def _assigned_names(source: str) -> list[str]:
         body = ast.parse(source).body
     except SyntaxError:  # IPython magics
         return []
-    return [t.id for node in body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)]
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in body if isinstance(node, ast.AnnAssign) and node.value]
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
 
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it.
