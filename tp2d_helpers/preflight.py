@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import socket
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from ray.util.placement_group import placement_group, remove_placement_group
 
 import tp2d_helpers
@@ -25,8 +27,10 @@ from tp2d_helpers.demo import demo_model
 from tp2d_helpers.engine import load_config, meta_model, sharding_plan
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
+PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
 SHARED_STORAGE = Path("/mnt/cluster_storage")  # on an Anyscale workspace, a disk that all its nodes share
 PRE_AMPERE = {"K80", "P4", "P100", "V100", "T4"}  # no bf16 in hardware
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or, if it is in parts, the index: *.index.json
 
 
 @dataclass
@@ -50,14 +54,32 @@ def connect() -> dict[str, float]:
     """Connect to the Ray cluster there is (`RAY_ADDRESS`), or start one here; return its resources.
 
     Worker logs are not sent to the notebook: every worker has a log file. The helpers travel to all nodes.
+
+    Raises:
+        ConfigError: if nothing answers at `RAY_ADDRESS`. Ray itself would go on asking for more than five minutes.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        package = str(Path(tp2d_helpers.__file__).parent)
+        address, package = os.environ.get("RAY_ADDRESS", ""), str(Path(tp2d_helpers.__file__).parent)
         # The package's parent is on the local workers' path already; py_modules serves the other nodes.
-        env = {"py_modules": [package]} if os.environ.get("RAY_ADDRESS") else {}
-        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
+        env = {"py_modules": [package]} if address else {}
+        try:
+            _knock(address)
+            ray.init(log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
+        except OSError as error:
+            if not address:
+                raise
+            raise ConfigError(
+                f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
+                "start one, or unset RAY_ADDRESS to use this machine alone"
+            ) from error
     return ray.cluster_resources()
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # and not "auto" or "local"
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def preflight(config: Config) -> Plan:
@@ -71,7 +93,8 @@ def preflight(config: Config) -> Plan:
     rows = [("versions", ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "deepspeed", "ray")), "")]
     rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
     resources_per_worker = check_resources(config, resources)
-    rows.append(("precision", *describe_precision(config, resources)))
+    check_placement(config, resources_per_worker)
+    rows.append(("precision", *check_precision(config, resources)))
     rows.append(("model", *check_model(config)))
     steps, *described = check_data(config)
     rows.append(("data", *described))
@@ -81,9 +104,10 @@ def preflight(config: Config) -> Plan:
 
 
 def choose(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
-    """Settle what is "auto": GPUs if there are enough for tp × dp, and the model and data that suit them."""
+    """Settle what is "auto": GPUs if there are, or may come, enough for tp × dp; the model and data that suit them."""
     gpus = int(resources.get("GPU", 0))
-    use_gpu = config.use_gpu if config.use_gpu != "auto" else gpus >= config.num_workers
+    enough = gpus >= config.num_workers or config.cluster_wait_seconds > 0
+    use_gpu = config.use_gpu if config.use_gpu != "auto" else enough
     why = "GPUs" if use_gpu else f"CPU ({gpus} GPUs for {config.num_workers} workers)" if gpus else "CPU"
     model = {"auto": "Qwen/Qwen2.5-0.5B" if use_gpu else "demo"}.get(config.model_name, config.model_name)
     dataset = {"auto": "Salesforce/wikitext" if use_gpu else "demo"}.get(config.dataset_name, config.dataset_name)
@@ -105,23 +129,21 @@ def choose(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
 
 
 def check_resources(config: Config, resources: dict[str, float]) -> dict[str, float]:
-    """Resources of one worker. Workers share cores where there are fewer cores than workers.
+    """Resources of one worker: a GPU, or a core, or a share of one where there are fewer cores than workers.
 
     Raises:
         ConfigError: if the cluster is too small. With `cluster_wait_seconds`, an autoscaling cluster gets that long
             to grow first.
     """
     need, gpus, cpus = config.num_workers, int(resources.get("GPU", 0)), resources.get("CPU", 0)
-    # Ray counts resources in units of 1/10000.
-    share = {"CPU": min(1.0, int(cpus / need * 10_000) / 10_000)} if cpus else {}
     if not config.use_gpu:
         if need > WORKERS_PER_CORE * cpus:
             raise ConfigError(
                 f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {need} workers on {cpus:g} CPU cores: "
                 f"at most {int(WORKERS_PER_CORE * cpus)} ({WORKERS_PER_CORE} per core) make sense"
             )
-        return share
-    worker = {"GPU": 1.0, **share}
+        return {"CPU": min(1.0, int(cpus / need * 10_000) / 10_000)}  # Ray counts in units of 1/10000
+    worker = {"GPU": 1.0}  # and no core: nodes with few cores per GPU can be had
     if gpus < need and not _grows_to([worker] * need, config.cluster_wait_seconds):
         pairs = ", ".join(f"{tp} × {gpus // tp}" for tp in range(1, gpus + 1) if gpus % tp == 0)
         raise ConfigError(
@@ -130,6 +152,21 @@ def check_resources(config: Config, resources: dict[str, float]) -> dict[str, fl
             + f". (Waited {config.cluster_wait_seconds} s for more: cluster_wait_seconds.)"
         )
     return worker
+
+
+def check_placement(config: Config, worker: dict[str, float]) -> None:
+    """Ask Ray for the places of all workers, and give them back: Ray Train would wait for them without a word.
+
+    Raises:
+        ConfigError: if other jobs hold too much of the cluster, or its nodes can't be cut into such workers.
+    """
+    if not _grows_to([worker] * config.num_workers, max(PLACEMENT_SECONDS, config.cluster_wait_seconds)):
+        free = ray.available_resources()
+        raise ConfigError(
+            f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {config.num_workers} workers of {worker}: "
+            f"Ray has no place for them; free are {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPU cores. "
+            "End other jobs on this cluster, or take fewer workers."
+        )
 
 
 def _grows_to(bundles: list[dict[str, float]], seconds: int) -> bool:
@@ -150,26 +187,39 @@ def check_model(config: Config) -> tuple[str, str]:
         raise ConfigError(f"seq_length = {config.seq_length}: the model's positions end at {limit}")
     if config.tp_size > 1:
         sharding_plan(hf_config, config.tp_size)
-    load_tokenizer(config.model_name, config.trust_remote_code)
+        vocabulary = hf_config.get_text_config().vocab_size
+        if vocabulary % config.tp_size:
+            raise ConfigError(f"tp_size = {config.tp_size}: must divide the vocabulary of {vocabulary} tokens")
+    tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
+        raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
     if not _has_weights(config.model_name):
-        raise ConfigError(f"model_name = {config.model_name!r}: the folder holds no weights (*.safetensors or *.bin)")
-    size = sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+        raise ConfigError(f"model_name = {config.model_name!r}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    try:
+        size = sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+    except ValueError as error:
+        raise ConfigError(
+            f"model_name = {config.model_name!r}: {hf_config.model_type!r} is not a model that "
+            f"AutoModelForCausalLM builds ({str(error).splitlines()[0]})"
+        ) from error
     name = Path(config.model_name).name if Path(config.model_name).is_dir() else config.model_name
     return f"{name}: {hf_config.model_type}, {size:,} parameters", (
         f"{config.tp_size} shards × {config.dp_size} replicas, ZeRO stage {config.zero_stage}"
     )
 
 
-def _has_weights(model_name: str) -> bool:
-    folder = Path(model_name)
-    return not folder.is_dir() or any(True for kind in ("*.safetensors", "*.bin") for _ in folder.glob(kind))
+def _has_weights(name: str) -> bool:
+    files = [file + suffix for file in WEIGHT_FILES for suffix in ("", ".index.json")]
+    if Path(name).is_dir():
+        return any((Path(name) / file).exists() for file in files)
+    return not is_offline_mode() or any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def check_data(config: Config) -> tuple[int, str, str]:
     """(steps per epoch, what the data is, how it is cut). Tokenises it if this node hasn't yet.
 
     Raises:
-        ConfigError: if it can't be read or is smaller than one global batch.
+        ConfigError: if it can't be read, is smaller than one global batch, or has tokens that the model doesn't know.
     """
     folder = prepare_tokens(
         config.model_name,
@@ -187,6 +237,13 @@ def check_data(config: Config) -> tuple[int, str, str]:
             f"({len(data.tokens):,} tokens in all), fewer than one global batch of {size} (batch_size_per_gpu "
             f"{config.batch_size_per_gpu} × dp_size {config.dp_size} × gradient_accumulation_steps "
             f"{config.gradient_accumulation_steps}). Take a smaller one, shorter samples or more data."
+        )
+    vocabulary = load_config(config.model_name, config.trust_remote_code).get_text_config().vocab_size
+    highest = max(int(data.tokens.max()), 0 if config.packing else data.pad)
+    if highest >= vocabulary:
+        raise ConfigError(
+            f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has {vocabulary} ids; "
+            "take the tokenizer that belongs to the model, or resize the model's embeddings"
         )
     steps = GlobalBatchSampler(len(data), size, 1, 0, 1, config.seed).steps_per_epoch
     steps = min(steps, config.debug_steps or steps)
@@ -220,10 +277,20 @@ def describe_cluster(resources: dict[str, float]) -> str:
     return f"{nodes} node{'s' * (nodes > 1)}, {resources.get('CPU', 0):g} CPU cores, {gpus}; {platform.machine()}"
 
 
-def describe_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:
-    """(what the devices compute in, what that means for the masters), by the GPU types that Ray reports."""
-    if not config.use_gpu:
-        return "CPU", "fp32, gloo"
-    old = PRE_AMPERE & {name.partition(":")[2] for name in resources}
-    kind = "fp16 with loss scaling" if old else "bf16"
-    return f"{'no ' if old else ''}bf16 in hardware", f"{kind}, {config.master_weights} master weights, NCCL"
+def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:
+    """(what the devices compute in, what the run will), by the GPU types that Ray reports.
+
+    Raises:
+        ConfigError: for bf16 master weights of a run that doesn't compute in bf16.
+    """
+    old = config.use_gpu and PRE_AMPERE & {name.partition(":")[2] for name in resources}
+    device = "fp32" if not config.use_gpu else "fp16" if old else "bf16"
+    precision = device if config.precision == "auto" else config.precision
+    if config.master_weights == "bf16" and precision != "bf16":
+        raise ConfigError(
+            f"master_weights = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
+            "bf16 masters need precision 'bf16', all others take master_weights 'fp32'"
+        )
+    found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
+    precision += " with loss scaling" if precision == "fp16" else ""
+    return found, f"{precision}, {config.master_weights} master weights, {'NCCL' if config.use_gpu else 'gloo'}"
