@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import transformers
 
-from tp2d_helpers.engine import meta_model
+from tp2d_helpers.engine import _planned_shapes, meta_model
 
 # All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
 # row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them).
@@ -18,6 +18,15 @@ FORWARD_ALL_REDUCES = 2
 def parameter_count(hf_config: transformers.PretrainedConfig) -> int:
     """Parameters of the model; tied weights count once."""
     return sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+
+
+def shard_parameters(hf_config: transformers.PretrainedConfig, tp_size: int) -> int:
+    """Parameters that each TP rank holds: its shards, and whole what AutoTP leaves whole.
+
+    That is more than 1/tp_size of the model: norms stay whole, and so does the embedding of an untied model, which is
+    525 of Llama-3-8B's 8,030 million parameters.
+    """
+    return sum(shape.numel() for shape in _planned_shapes(meta_model(hf_config), tp_size).values())
 
 
 def tp_bytes(hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2) -> float:
@@ -40,15 +49,17 @@ def tp_bytes(hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int
 def zero_bytes(parameters: int, dp_size: int, stage: int, accumulation: int = 1, width: int = 2) -> float:
     """Bytes that ZeRO sends through each rank for one optimizer step, whatever the number of tokens.
 
-    Stages 0 and 1 reduce the gradients once per step, stages 2 and 3 once per micro-batch. Stages 1 and 2 gather the
-    new weights once per step; stage 3 gathers them twice per micro-batch, for the forward and for the backward pass.
+    Stages 0 and 1 all-reduce the gradients once per step, stage 2 once per micro-batch: stages 1 and 2 could make do
+    with a reduce-scatter, which sends half, but DeepSpeed all-reduces its buckets (`use_multi_rank_bucket_allreduce`).
+    Both gather the new weights once per step. Stage 3 reduce-scatters the gradients of each micro-batch and gathers the
+    weights twice for it, for the forward and for the backward pass. That is a bound: what is needed again within 10⁹
+    parameters (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
 
     Args:
         parameters: of this rank's TP shard (the model's over tp_size).
     """
-    reduces = accumulation if stage >= 2 else 1
-    gathers = 2 * accumulation if stage == 3 else 1
-    return (dp_size - 1) / dp_size * width * parameters * (reduces + gathers)
+    passes = {0: 2, 1: 2 + 1, 2: 2 * accumulation + 1, 3: (1 + 2) * accumulation}[stage]  # reductions + gathers
+    return (dp_size - 1) / dp_size * width * parameters * passes
 
 
 def state_bytes(parameters: int, tp_size: int, dp_size: int, stage: int, width: int = 2) -> dict[str, float]:
@@ -56,6 +67,9 @@ def state_bytes(parameters: int, tp_size: int, dp_size: int, stage: int, width: 
 
     ZeRO divides by dp_size the optimizer's part from stage 1, the gradients from stage 2, the weights at stage 3
     (Rajbhandari et al. 2020, ZeRO, section 3).
+
+    Args:
+        parameters: of the model, as if TP divided all of them. Exact: `shard_parameters`, with tp_size 1.
     """
     shard = parameters / tp_size
     return {
