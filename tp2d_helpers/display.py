@@ -7,6 +7,7 @@ import inspect
 import math
 import signal
 import statistics
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +18,15 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
 from ray.train import WorkerGroupError
 
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.metrics import read_metrics
 
+SOURCE_STYLE = "color: #212121; padding: 8px; font-family: monospace; font-size: 13px; line-height: 1.3; margin: 0"
 MOST_LINES = 30  # of progress in one launch, however long the run
 
 
@@ -33,8 +38,10 @@ class TrainingFailed(RuntimeError):
 
 def show_source(*objects: Any) -> None:
     """Display the source of functions or classes, as it is imported: what is read is what runs."""
-    source = "\n\n".join(inspect.getsource(thing).rstrip() for thing in objects)
-    display(Markdown(f"```python\n{source}\n```"))
+    source = "\n\n\n".join(textwrap.dedent(inspect.getsource(thing)).rstrip() for thing in objects)
+    # Styles stand in the tags, so that the code looks the same in every viewer and theme.
+    html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True, prestyles=SOURCE_STYLE, wrapcode=False))
+    display({"text/html": html, "text/plain": source}, raw=True)
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
