@@ -6,6 +6,7 @@ In fp32 on CPU, where a difference is rounding error or a mistake. The last test
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 from collections.abc import Callable
@@ -204,3 +205,23 @@ def test_unweighted_mean_is_found(train: Train, lines: str) -> None:
     run = train("qwen2-tied", dp_size=2, gradient_accumulation_steps=2, patch=_take_the_mean_of_means, **padded)
     with pytest.raises(AssertionError, match="step 1: loss"):
         assert_equal_runs(run, train("qwen2-tied", **padded))
+
+
+def _fail_on_rank_1(names: dict[str, Any]) -> None:
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("on rank 1")
+
+
+def _die_on_rank_1(names: dict[str, Any]) -> None:
+    if os.environ["RANK"] == "1":
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    "patch, message", [(_fail_on_rank_1, "ZeroDivisionError: on rank 1"), (_die_on_rank_1, "ended")]
+)
+def test_a_rank_that_fails_ends_the_run(train: Train, patch: Callable, message: str) -> None:
+    """Rank 0 waits for rank 1, for minutes if it were let."""
+    with pytest.raises(RuntimeError, match=f"(?s)^rank 1: .*{message}"):
+        train("qwen2-tied", tp_size=2, patch=patch)
+    assert not multiprocessing.active_children()
