@@ -9,7 +9,7 @@ _make_venv() {
     local venv="$ROOT/.venv" wanted
     if ! "$venv/bin/python" -c "import pip" 2>/dev/null; then
         if ! python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null; then
-            echo "error: python3 is $(python3 --version 2>&1 || true); this needs Python 3.10 to 3.12." \
+            echo "error: python3 is $(python3 --version 2>/dev/null || echo "not there"); this needs Python 3.10 to 3.12." \
                 "Put one on PATH as python3, or set PYTHON to an interpreter that has requirements.txt." >&2
             return 1
         fi
