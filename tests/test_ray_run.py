@@ -82,7 +82,9 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while not any(record["step"] >= self.after_step for record in read_metrics(self.path)):
             time.sleep(0.02)
-        workers = [p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"])]
+        workers = [
+            p for p in psutil.process_iter(["name", "cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"])
+        ]
         workers[-1].kill()
         self.killed = workers[-1].pid
 
@@ -101,8 +103,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(life: SimpleNamespace) -> Non
 
 
 def test_metrics_are_as_promised(life: SimpleNamespace) -> None:
-    names = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second", "mfu",
-             "peak_memory_gib"}  # fmt: skip
+    names = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second",
+             "mfu", "peak_memory_gib"}  # fmt: skip
     for record in life.records:
         assert set(record) == names
         assert record["tokens"] == life.config.global_batch_size * life.config.seq_length

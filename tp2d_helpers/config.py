@@ -116,7 +116,10 @@ class Config(BaseModel):
         Raises:
             ConfigError: for an unknown name (with the nearest valid one) or a value that can't work.
         """
-        names = parameter_names(namespace.get("In", []))
+        # Tools that run cells without keeping a history (nbval, for one) inject nothing: the known names will do.
+        names = parameter_names(namespace.get("In", [])) or [name for name in cls.model_fields if name in namespace]
+        if not names:
+            raise ConfigError("no parameters cell was run: run the cell tagged `parameters` first")
         missing = [name for name in names if name not in namespace]
         if missing:
             raise ConfigError(f"{', '.join(missing)}: not assigned; the parameters cell ended in an error: mend it")
@@ -159,8 +162,6 @@ def parameter_names(cells: list[str]) -> list[str]:
             names.update(dict.fromkeys(assigned))
         elif {"model_name", "experiment_name"} <= set(assigned):
             names = dict.fromkeys(assigned)
-    if not names:
-        raise ConfigError("no parameters cell was run: run the cell tagged `parameters` first")
     return list(names)
 
 

@@ -126,17 +126,18 @@ def tokenize(
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
     lengths: list[int] = []
-    with open(folder / "tokens.bin", "wb") as file:
-        with tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1) as bar:
-            for batch in text.iter(batch_size=1000):
-                documents = [document for document in next(iter(batch.values())) if document and document.strip()]
-                bar.update(len(next(iter(batch.values()))))
-                if not documents:
-                    continue
-                # Specials are off: the end-of-text token below is the only separator, whatever the tokenizer adds.
-                for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-                    file.write(np.asarray([*ids, end], dtype=np.uint32).tobytes())
-                    lengths.append(len(ids) + 1)
+    bar = tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1)
+    with bar, open(folder / "tokens.bin", "wb") as file:
+        for batch in text.iter(batch_size=1000):
+            documents = next(iter(batch.values()))
+            bar.update(len(documents))
+            documents = [document for document in documents if document and document.strip()]
+            if not documents:
+                continue
+            # Specials are off: the end-of-text token below is the only separator, whatever the tokenizer adds.
+            for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+                file.write(np.asarray([*ids, end], dtype=np.uint32).tobytes())
+                lengths.append(len(ids) + 1)
     if not lengths:
         raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
@@ -242,13 +243,9 @@ def create_dataloader(
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
         source: `dataset_config`, `text_column` and `trust_remote_code`, as for `prepare_tokens`.
     """
-    folder = prepare_tokens(
-        model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source
-    )
+    folder = prepare_tokens(model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source)
     dataset = TokenDataset(folder, seq_length, packing)
-    sampler = GlobalBatchSampler(
-        len(dataset), batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed
-    )
+    sampler = GlobalBatchSampler(len(dataset), batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed)
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
     return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available())
 

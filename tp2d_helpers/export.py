@@ -112,5 +112,3 @@ def _stage3_weights(tag: Path, tp_rank: int, states: dict) -> Iterator[tuple[str
         size = -(-shape.numel() // len(flat))
         yield name, torch.cat([part[offset : offset + size] for part in flat])[: shape.numel()].view(shape)
         offset += size
-
-
