@@ -63,8 +63,8 @@ def test_zero_bytes_by_hand(stage: int, accumulation: int, passes: int) -> None:
     (0, (1000, 1000, 6000)), (1, (1000, 1000, 1500)), (2, (1000, 250, 1500)), (3, (250, 250, 1500)),
 ])  # fmt: skip
 def test_state_bytes_by_hand(stage: int, expected: tuple[int, ...]) -> None:
-    """1000 parameters at tp 2 × dp 4: 500 in bf16 are 1000 bytes, and 500 masters and 1000 moments in fp32 are 6000."""
-    assert tuple(state_bytes(1000, 2, 4, stage).values()) == expected
+    """A shard of 500 parameters at dp 4: 1000 bytes in bf16; masters and moments, 1500 in fp32, are 6000."""
+    assert tuple(state_bytes(500, 4, stage).values()) == expected
 
 
 @pytest.mark.parametrize("model, stage", [("qwen2-tied", 1), ("llama", 2), ("qwen3", 1)])
@@ -81,7 +81,7 @@ def test_sent_and_held_on_2_by_2(model: str, stage: int, train_counting: Callabl
     assert run.parameters == shard
     in_dp_group = (call for call in run.sent if call[1] == [0, 2])
     assert total(in_dp_group) == pytest.approx(STEPS * zero_bytes(shard, 2, stage, ACCUMULATION, width=4), rel=1e-3)
-    held = state_bytes(shard, 1, 2, stage, width=4)
+    held = state_bytes(shard, 2, stage, width=4)
     assert run.weights == held["weights"]
     assert run.optimizer == pytest.approx(held["masters and moments"], rel=1e-3)
 

@@ -28,6 +28,12 @@ class ConfigError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def reason(error: BaseException) -> str:
+    """What a library's error says, in one line: of its cause, if it is only the wrapper of one."""
+    error = error.__cause__ if error.__cause__ and not isinstance(error.__cause__, OSError) else error
+    return ": ".join([type(error).__name__, *[" ".join(str(error).split())[:300]][: bool(str(error))]])
+
+
 class Config(BaseModel):
     """The settings of one training run. Units: lengths in tokens, sizes in samples, rates per optimizer step."""
 

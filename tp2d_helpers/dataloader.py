@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from tp2d_helpers.config import ConfigError
+from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.demo import build_once, cache_dir, demo_documents
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
@@ -57,9 +57,8 @@ def _load_all(dataset_name: str, dataset_config: str) -> datasets.Dataset:
     except ConfigError:
         raise
     except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
-        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])  # some have no message
         raise ConfigError(
-            f"dataset_name = {dataset_name!r}: can't be loaded ({reason}). "
+            f"dataset_name = {dataset_name!r}: can't be loaded ({reason(error)}). "
             'Without a way to the hub, take "demo" or the path of a local file or folder.'
         ) from error
 
@@ -74,7 +73,8 @@ def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> transfor
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ConfigError(
-            f"model_name = {model_name!r}: its tokenizer can't be loaded ({str(error).splitlines()[0]})"
+            f"model_name = {model_name!r}: its tokenizer can't be loaded ({reason(error)}). "
+            'Without a way to the hub, take "demo" or the path of a local folder.'
         ) from error
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise ConfigError(
@@ -111,6 +111,9 @@ def prepare_tokens(
             raise ConfigError(
                 f"text_column = {text_column!r}: {dataset_name!r} has no such column; it has {text.column_names}"
             )
+        kind = getattr(text.features[text_column], "dtype", type(text.features[text_column]).__name__)
+        if "string" not in kind and kind != "null":
+            raise ConfigError(f"text_column = {text_column!r}: it must hold text, and in {dataset_name!r} it is {kind}")
         tokenize(text.select_columns([text_column]), load_tokenizer(model_name, trust_remote_code), folder, progress)
 
     return build_once(cache_dir() / f"tokens-{key}", build)

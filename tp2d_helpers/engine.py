@@ -18,13 +18,13 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tp2d_helpers.config import ConfigError
+from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.mpu import ModelParallelUnit
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
 SPLIT_DIM = {"colwise": 0, "rowwise": 1}
-WHOLE = {"replicated_with_grad_allreduce", "embedding_rowwise"}  # the embedding: see `_planned_shapes`
+WHOLE = {"replicated_with_grad_allreduce", "embedding_rowwise"}  # the embedding: see `planned_shapes`
 FUSED = ("qkv", "query_key_value", "gate_up")  # several matrices in one: a plain cut would mix them up
 
 
@@ -44,15 +44,17 @@ def load_config(model_name: str, trust_remote_code: bool = False) -> transformer
         return AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ConfigError(
-            f"model_name = {model_name!r}: its config can't be loaded ({str(error).splitlines()[0]}) "
+            f"model_name = {model_name!r}: its config can't be loaded ({reason(error)}). "
             'Without a way to the hub, take "demo" or the path of a local folder.'
         ) from error
 
 
 def meta_model(hf_config: transformers.PretrainedConfig) -> torch.nn.Module:
     """The model without storage: shapes only, nothing is allocated."""
+    # A config class that came with its model was loaded because the user trusts that model's code.
+    trusted = type(hf_config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
 
 
 def sharding_plan(hf_config: transformers.PretrainedConfig, tp_size: int) -> dict[str, int | None]:
@@ -94,9 +96,7 @@ def sharding_plan(hf_config: transformers.PretrainedConfig, tp_size: int) -> dic
 
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
     """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
-    model = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code
-    )
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
     return model
 
@@ -159,7 +159,7 @@ def setup_model_with_autotp(
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
     if config.get("activation_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    planned = _planned_shapes(model, tp_size)
+    planned = planned_shapes(model, tp_size)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.get("learning_rate", 1e-5),
@@ -192,7 +192,7 @@ def shard_table(hf_config: transformers.PretrainedConfig, tp_size: int) -> list[
     """
     model = meta_model(hf_config)
     rows: dict[str, list[Any]] = {}
-    shards = _planned_shapes(model, tp_size)
+    shards = planned_shapes(model, tp_size)
     for name, parameter in model.named_parameters():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
         whole, shard = list(parameter.shape), list(shards[name])
@@ -203,7 +203,8 @@ def shard_table(hf_config: transformers.PretrainedConfig, tp_size: int) -> list[
     return list(rows.values())
 
 
-def _planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size]:
+def planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size]:
+    """Shape of each rank's shard, by name: the decoder by its plan, the head (and a tied embedding) by vocabulary."""
     if tp_size == 1:
         return {name: parameter.shape for name, parameter in model.named_parameters()}
     prefix = model.base_model_prefix + "."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import transformers
 
-from tp2d_helpers.engine import _planned_shapes, meta_model
+from tp2d_helpers.engine import meta_model, planned_shapes
 
 # All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
 # row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them).
@@ -26,7 +26,7 @@ def shard_parameters(hf_config: transformers.PretrainedConfig, tp_size: int) -> 
     That is more than 1/tp_size of the model: norms stay whole, and so does the embedding of an untied model, which is
     525 of Llama-3-8B's 8,030 million parameters.
     """
-    return sum(shape.numel() for shape in _planned_shapes(meta_model(hf_config), tp_size).values())
+    return sum(shape.numel() for shape in planned_shapes(meta_model(hf_config), tp_size).values())
 
 
 def tp_bytes(hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2) -> float:
@@ -56,24 +56,23 @@ def zero_bytes(parameters: int, dp_size: int, stage: int, accumulation: int = 1,
     parameters (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
 
     Args:
-        parameters: of this rank's TP shard (the model's over tp_size).
+        parameters: of this rank's TP shard (`shard_parameters`).
     """
     passes = {0: 2, 1: 2 + 1, 2: 2 * accumulation + 1, 3: (1 + 2) * accumulation}[stage]  # reductions + gathers
     return (dp_size - 1) / dp_size * width * parameters * passes
 
 
-def state_bytes(parameters: int, tp_size: int, dp_size: int, stage: int, width: int = 2) -> dict[str, float]:
+def state_bytes(parameters: int, dp_size: int, stage: int, width: int = 2) -> dict[str, float]:
     """Bytes per GPU that don't depend on the batch: weights, gradients, and Adam's fp32 masters and two moments.
 
     ZeRO divides by dp_size the optimizer's part from stage 1, the gradients from stage 2, the weights at stage 3
     (Rajbhandari et al. 2020, ZeRO, section 3).
 
     Args:
-        parameters: of the model, as if TP divided all of them. Exact: `shard_parameters`, with tp_size 1.
+        parameters: of this rank's TP shard (`shard_parameters`).
     """
-    shard = parameters / tp_size
     return {
-        "weights": width * shard / (dp_size if stage >= 3 else 1),
-        "gradients": width * shard / (dp_size if stage >= 2 else 1),
-        "masters and moments": 12 * shard / (dp_size if stage >= 1 else 1),
+        "weights": width * parameters / (dp_size if stage >= 3 else 1),
+        "gradients": width * parameters / (dp_size if stage >= 2 else 1),
+        "masters and moments": 12 * parameters / (dp_size if stage >= 1 else 1),
     }
