@@ -21,7 +21,7 @@ import pytest
 import ray
 import torch
 import transformers
-from grid import NOTEBOOK, ROOT, run_grid
+from grid import IMPORT_PATH, NOTEBOOK, run_grid
 from ray.actor import ActorClass
 
 from tp2d_helpers import cluster as ray_cluster
@@ -223,7 +223,7 @@ def test_papermill(tmp_path: Path) -> None:
     ]
     nbformat.write(notebook, tmp_path / "trimmed.ipynb")
     command = [sys.executable, "-m", "papermill", "trimmed.ipynb", "out.ipynb", "-p", "tp_sise", "4", "-k", "python3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_PATH}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0
     message = "tp_sise = 4: unknown parameter; did you mean tp_size?"
@@ -627,7 +627,7 @@ print(sum(slept))
 
 
 def python(script: str, **environment: str) -> list[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_PATH, **environment}
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
