@@ -369,3 +369,9 @@ def test_tokenizer_without_special_tokens(cache: Path, tokenizer: str, source: s
 def test_no_tokenizer(cache: Path, source: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model_name = .*its tokenizer can't be loaded"):
         prepare_tokens(str(tmp_path), source)
+
+
+def test_less_than_a_global_batch(tiny_model: Callable[[str], Path]) -> None:
+    """An epoch without a step would never end."""
+    with pytest.raises(ConfigError, match="samples are fewer than one global batch of 100000"):
+        create_dataloader(str(tiny_model("llama")), "demo", 64, 100_000, dp_rank=0, dp_size=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,8 @@ def prepare_tokens(
     Raises:
         ConfigError: for a dataset that can't be loaded, lacks the column, or has no text in it.
     """
-    request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, transformers.__version__]
+    versions = [transformers.__version__, platform.python_version()]  # the demo's text comes with Python
+    request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, *versions]
     stamps = [_stamp(Path(name).expanduser()) for name in (model_name, dataset_name)]
     key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
 
@@ -245,10 +247,15 @@ def create_dataloader(
     Args:
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
         source: `dataset_config`, `text_column` and `trust_remote_code`, as for `prepare_tokens`.
+
+    Raises:
+        ConfigError: if the dataset is smaller than one global batch, or can't be tokenised.
     """
     folder = prepare_tokens(model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source)
     dataset = TokenDataset(folder, seq_length, packing)
     sampler = GlobalBatchSampler(len(dataset), batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed)
+    if not sampler.steps_per_epoch:
+        raise ConfigError(f"{len(dataset)} samples are fewer than one global batch of {sampler.global_batch}")
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
     return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available())
 
