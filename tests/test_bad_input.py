@@ -672,3 +672,8 @@ def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert "dataset_name = 'org/unknown': can't be loaded" in data and 'take "demo"' in data
     assert model.startswith("ConfigError") and data.startswith("ConfigError")
     assert 0 < float(slept) < 90
+
+
+def test_old_library(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(preflight.OLDEST, "deepspeed", "99.1")
+    refused("deepspeed 0.19.8: too old, 99.1 is needed")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from packaging.version import Version
 
 from tp2d_helpers.cluster import check_placement, check_resources, connect, describe_cluster
 from tp2d_helpers.config import Config, ConfigError, record_run
@@ -21,6 +22,8 @@ from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset, load_token
 from tp2d_helpers.demo import demo_model
 from tp2d_helpers.engine import load_config, meta_model, sharding_plan
 
+# Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
+OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
 SHARED_STORAGE = Path("/mnt/cluster_storage")  # on an Anyscale workspace, a disk that all its nodes share
 PRE_AMPERE = {"K80", "P4", "P100", "V100", "T4"}  # no bf16 in hardware
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or, if it is in parts, the index: *.index.json
@@ -51,7 +54,7 @@ def preflight(config: Config) -> Plan:
     """
     resources = connect()
     config, why = choose(config, resources)
-    rows = [("versions", ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "deepspeed", "ray")), "")]
+    rows = [("versions", check_versions(), "")]
     rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
     resources_per_worker = check_resources(config, resources)
     check_placement(config, resources_per_worker)
@@ -62,6 +65,15 @@ def preflight(config: Config) -> Plan:
     rows.append(("storage", check_storage(config), str(config.run_dir)))
     record_run(config)
     return Plan(config, resources_per_worker, steps, rows)
+
+
+def check_versions() -> str:
+    """The versions of the libraries that matter. Raises `ConfigError` for one older than what was tested."""
+    found = {name: importlib.metadata.version(name) for name in OLDEST}
+    for name, version in found.items():
+        if Version(version) < Version(OLDEST[name]):
+            raise ConfigError(f"{name} {version}: too old, {OLDEST[name]} is needed (pip install -r requirements.txt)")
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def choose(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
