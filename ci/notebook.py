@@ -342,20 +342,20 @@ class Placeholders:
 
     def _replace_temporary(self, match: re.Match[str]) -> str:
         path = match.group()
-        return path if path in self.known else "<tmp>" + path.split("tmp", 1)[1]
+        return path if path in self.known else "{tmp}" + path.split("tmp", 1)[1]
 
     @classmethod
     def of_this_machine(cls, storage: Path, notebook: NotebookNode) -> Placeholders:
         """The replacements for a run that wrote to `storage`."""
         home, cache = Path.home(), Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        paths = {storage: "<storage>", ROOT: "<repo>", home: "<home>", cache: "<cache>", Path(sys.prefix): "<python>"}
-        paths |= {Path(sys.base_prefix): "<python>"}
+        paths = {storage: "{storage}", ROOT: "{repo}", home: "{home}", cache: "{cache}", Path(sys.prefix): "{python}"}
+        paths |= {Path(sys.base_prefix): "{python}"}
         for variable in ("TP2D_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
             if os.environ.get(variable):
-                paths[Path(os.environ[variable]).expanduser()] = "<cache>"
+                paths[Path(os.environ[variable]).expanduser()] = "{cache}"
         with_links_resolved = {path.resolve(): placeholder for path, placeholder in paths.items()}
         host = socket.gethostname()
-        names = {host: "<host>", host.split(".")[0]: "<host>", socket.getfqdn(): "<host>", getpass.getuser(): "<user>"}
+        names = {host: "{host}", host.split(".")[0]: "{host}", socket.getfqdn(): "{host}", getpass.getuser(): "{user}"}
         sources = [cell.source for cell in notebook.cells]
         sources += [file.read_text() for file in sorted(ROOT.glob("tp2d_helpers/*.py"))]
         names = {name: placeholder for name, placeholder in names.items() if name != "localhost"}

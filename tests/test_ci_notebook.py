@@ -143,8 +143,8 @@ def test_the_check_command_prints_measurements_and_every_check(executed, records
 
 
 REPLACE = tool.Placeholders(
-    paths={"/work/repo": "<repo>", "/work/repo/.venv": "<python>", "/root": "<home>", "/tmp/x": "<storage>"},
-    names={"build-7": "<host>", "root": "<user>", "alice": "<user>"},
+    paths={"/srv/repo": "{repo}", "/srv/repo/.venv": "{python}", "/root": "{home}", "/tmp/x": "{storage}"},
+    names={"build-7": "{host}", "root": "{user}", "alice": "{user}"},
     known='the root of the tree; storage = "/tmp/known"',
 )
 
@@ -152,16 +152,16 @@ REPLACE = tool.Placeholders(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/work/repo/a.py", "<repo>/a.py"),
-        ("file:/work/repo", "file:<repo>"),
-        ("\x1b[31m/work/repo\x1b[0m", "\x1b[31m<repo>\x1b[0m"),
-        ("/work/repo/.venv/bin/python", "<python>/bin/python"),
-        ("/work/repository /mnt/work/repo", "/work/repository /mnt/work/repo"),
-        ("/root/data, /rooted", "<home>/data, /rooted"),
-        ("/tmp/x/tp_autotp/export", "<storage>/tp_autotp/export"),
-        ("/tmp/ray/session_1 and /var/tmp/y", "<tmp>/ray/session_1 and <tmp>/y"),
+        ("/srv/repo/a.py", "{repo}/a.py"),
+        ("file:/srv/repo", "file:{repo}"),
+        ("\x1b[31m/srv/repo\x1b[0m", "\x1b[31m{repo}\x1b[0m"),
+        ("/srv/repo/.venv/bin/python", "{python}/bin/python"),
+        ("/srv/repository /mnt/srv/repo", "/srv/repository /mnt/srv/repo"),
+        ("/root/data, /rooted", "{home}/data, /rooted"),
+        ("/tmp/x/tp_autotp/export", "{storage}/tp_autotp/export"),
+        ("/tmp/ray/session_1 and /var/tmp/y", "{tmp}/ray/session_1 and {tmp}/y"),
         ("/tmp/known", "/tmp/known"),
-        ("alice@build-7: malice", "<user>@<host>: malice"),
+        ("alice@build-7: malice", "{user}@{host}: malice"),
         ("root", "root"),
         ("ip=10.0.1.12, 172.16.0.2:6379, 192.168.1.1", "ip=<ip>, <ip>:6379, <ip>"),
         ("127.0.0.1 1.10.0.1.2 172.40.0.1 0.19.8", "127.0.0.1 1.10.0.1.2 172.40.0.1 0.19.8"),
@@ -172,11 +172,11 @@ def test_placeholders(text, expected):
 
 
 def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
-    figure = {"image/png": "/work/repo", "text/plain": "<Figure at /work/repo>"}
+    figure = {"image/png": "/srv/repo", "text/plain": "<Figure at /srv/repo>"}
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
     table = {"text/html": ["<td>/root/a</td>"], "text/plain": "table"}
     executed.cells[3].outputs = [
-        printed("warning in /work/repo\n", "stderr"),
+        printed("warning in /srv/repo\n", "stderr"),
         printed("to /tmp/x/r"),
         printed("un\n", "stderr"),
         printed("un\n"),
@@ -197,9 +197,9 @@ def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
     launch = cleaned.cells[2]
     assert launch.metadata == {"tags": ["launch"], "keep": 1}
     text, picture, html = launch.outputs
-    assert text == printed("to <storage>/run\n")
-    assert picture.data == {"image/png": "/work/repo", "text/plain": "<Figure at <repo>>"}
-    assert html.data["text/html"] == ["<td><home>/a</td>"]
+    assert text == printed("to {storage}/run\n")
+    assert picture.data == {"image/png": "/srv/repo", "text/plain": "<Figure at {repo}>"}
+    assert html.data["text/html"] == ["<td>{home}/a</td>"]
     assert html.execution_count == 2
     assert cleaned.cells[3].metadata == {}  # no empty list of tags
     nbformat.validate(cleaned)
