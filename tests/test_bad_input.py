@@ -601,7 +601,7 @@ def test_what_can_run_is_planned(cluster: dict[str, float], actors: list[str], t
 # offline are read at import: each test is a process of its own.
 
 FROM_CACHE = """
-from tp2d_helpers import dataloader, engine, preflight
+from tp2d_helpers import engine, preflight, tokens
 from tp2d_helpers.config import ConfigError, make_config
 config = make_config(model_name="org/tiny", dataset_name="org/data", tp_size=2, seq_length=8)
 print(*preflight.check_model(config), sep="\\n")
@@ -616,8 +616,8 @@ UNREACHABLE = """
 import time
 slept = []
 time.sleep = slept.append  # between the attempts of huggingface_hub
-from tp2d_helpers import dataloader, engine
-for load, name in ((engine.load_config, "org/unknown"), (dataloader.load_text, "org/unknown")):
+from tp2d_helpers import engine, tokens
+for load, name in ((engine.load_config, "org/unknown"), (tokens.load_text, "org/unknown")):
     try:
         load(name)
     except ValueError as error:

@@ -19,7 +19,7 @@ from grid import fork_context
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from tp2d_helpers import dataloader
+from tp2d_helpers import tokens as text_to_tokens
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.dataloader import (
     IGNORED,
@@ -27,11 +27,9 @@ from tp2d_helpers.dataloader import (
     TokenDataset,
     create_dataloader,
     global_batches,
-    load_text,
-    load_tokenizer,
-    prepare_tokens,
 )
 from tp2d_helpers.demo import END_OF_TEXT, demo_documents, train_tokenizer
+from tp2d_helpers.tokens import load_text, load_tokenizer, prepare_tokens
 
 DOCUMENTS = ["the with statement", "yield", "def f(x): return x", "a " * 40, "class C:\n    pass", "lambda: 0", "é ☃"]
 # (dp_size, micro-batch, accumulation) of one global batch of 8.
@@ -223,7 +221,7 @@ def test_mean_of_micro_batches_is_the_mean_of_all_targets(
 def _prepare_slowly(arguments: tuple[str, str, str, str]) -> str:
     tokenizer, source, cache, calls = arguments
     os.environ["TP2D_CACHE"] = cache
-    tokenize = dataloader.tokenize
+    tokenize = text_to_tokens.tokenize
 
     def slow(*args: Any, **kwargs: Any) -> None:
         with open(calls, "a") as file:
@@ -231,7 +229,7 @@ def _prepare_slowly(arguments: tuple[str, str, str, str]) -> str:
         time.sleep(0.5)  # long enough for the others to arrive
         tokenize(*args, **kwargs)
 
-    dataloader.tokenize = slow
+    text_to_tokens.tokenize = slow
     return str(prepare_tokens(tokenizer, source))
 
 
@@ -249,7 +247,7 @@ def test_second_call_does_not_load_the_dataset(
     cache: Path, tokenizer: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = prepare_tokens(tokenizer, source)
-    monkeypatch.setattr(dataloader, "load_text", lambda *_: pytest.fail("the dataset was loaded again"))
+    monkeypatch.setattr(text_to_tokens, "load_text", lambda *_: pytest.fail("the dataset was loaded again"))
     assert prepare_tokens(tokenizer, source) == folder
 
 
@@ -259,7 +257,7 @@ def test_failed_build_leaves_nothing_behind(cache: Path, tokenizer: str, source:
         raise OSError("disk full")
 
     with pytest.MonkeyPatch.context() as broken:
-        broken.setattr(dataloader, "tokenize", fail)
+        broken.setattr(text_to_tokens, "tokenize", fail)
         with pytest.raises(OSError, match="disk full"):
             prepare_tokens(tokenizer, source)
     assert not [path for path in cache.iterdir() if path.is_dir()]

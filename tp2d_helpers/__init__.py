@@ -1,7 +1,7 @@
 """Helpers of the tutorial `tp_autotp.ipynb`: 2D-parallel training with DeepSpeed AutoTP, ZeRO and Ray Train.
 
-A section of the notebook is a module here: `config`, `cluster` and `preflight`, `planner`, `dataloader`, `mpu`,
-`engine`, `checkpoint`, `export`, `metrics`, `display`; `demo` holds the embedded default.
+A section of the notebook is a module here, or two: `config`; `cluster` and `preflight`; `planner`; `tokens` and
+`dataloader`; `mpu` and `engine`; `checkpoint` and `export`; `metrics` and `display`. `demo` holds the embedded default.
 """
 
 import os

@@ -160,17 +160,11 @@ def setup_model_with_autotp(
     if config.get("activation_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     planned = planned_shapes(model, tp_size)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.get("learning_rate", 1e-5),
-        weight_decay=config.get("weight_decay", 0.01),
-        fused=True,
-    )
-    warmup = transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))
+    optimizer, schedule = _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=warmup,
+        lr_scheduler=schedule,
         config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype),
         mpu=mpu,
     )
@@ -180,7 +174,17 @@ def setup_model_with_autotp(
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
+def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW in one kernel per step, and its learning rate: a linear warm-up, then constant.
+
+    Made before the weights are sharded: AutoTP puts the shards in their place.
+    """
+    rate, decay = config.get("learning_rate", 1e-5), config.get("weight_decay", 0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    return optimizer, transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))
+
+
+def shard_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Shape of this rank's shard; ZeRO stage 3, which cuts it further, keeps it in `ds_shape`."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -223,7 +227,7 @@ def planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size
 
 
 def _check_shards(module: torch.nn.Module, planned: dict[str, torch.Size]) -> None:
-    found = {name: whole_shape(parameter) for name, parameter in module.named_parameters()}
+    found = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
     wrong = [f"{n}: {list(found.get(n, []))}, planned {list(s)}" for n, s in planned.items() if found.get(n) != s]
     if wrong:
         raise RuntimeError(f"AutoTP did not shard the model as planned ({len(wrong)} weights): " + "; ".join(wrong[:4]))

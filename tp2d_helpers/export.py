@@ -19,8 +19,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from tp2d_helpers.dataloader import load_tokenizer
 from tp2d_helpers.engine import load_config, meta_model
+from tp2d_helpers.tokens import load_tokenizer
 
 # All that DeepSpeed puts into its files besides tensors and plain containers.
 SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

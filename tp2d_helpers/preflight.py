@@ -18,9 +18,10 @@ from packaging.version import Version
 
 from tp2d_helpers.cluster import check_placement, check_resources, connect, describe_cluster
 from tp2d_helpers.config import Config, ConfigError, record_run
-from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset, load_tokenizer, prepare_tokens
+from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
 from tp2d_helpers.engine import load_config, meta_model, sharding_plan
+from tp2d_helpers.tokens import load_tokenizer, prepare_tokens
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
