@@ -68,7 +68,7 @@ def test_export_is_the_trained_model(
     weights = dict(exported.named_parameters(remove_duplicate=False))
     assert weights.keys() == run.weights.keys()
     assert [name for name, weight in weights.items() if not torch.equal(weight, run.weights[name])] == []
-    assert exported.dtype == torch.float32
+    assert exported.dtype == torch.float32 and (folder / "generation_config.json").exists()
     untrained = AutoModelForCausalLM.from_pretrained(run.config["model_name"])
     assert not torch.equal(untrained.lm_head.weight, exported.lm_head.weight)
 

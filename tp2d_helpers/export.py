@@ -7,6 +7,7 @@ with the whole shape: the dimension that differs is the one to concatenate.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from tp2d_helpers.engine import load_config, meta_model
 from tp2d_helpers.tokens import load_tokenizer
@@ -29,7 +31,7 @@ SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 def export_checkpoint(
     checkpoint: str | Path, model_name: str, folder: str | Path, trust_remote_code: bool = False
 ) -> Path:
-    """Write `config.json`, safetensors and tokenizer of a checkpoint's model.
+    """Write `config.json`, `generation_config.json`, safetensors and tokenizer of a checkpoint's model.
 
     The weights are in the dtype they were trained in (bf16: the rounding of the fp32 masters).
 
@@ -61,6 +63,8 @@ def export_checkpoint(
     hf_config.dtype = dtype
     hf_config.save_pretrained(scratch)
     load_tokenizer(model_name, trust_remote_code).save_pretrained(scratch)
+    with contextlib.suppress(OSError):  # not every model has one
+        GenerationConfig.from_pretrained(model_name).save_pretrained(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return folder
