@@ -20,7 +20,8 @@ from tp2d_helpers.cluster import check_placement, check_resources, connect, desc
 from tp2d_helpers.config import Config, ConfigError, record_run
 from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
-from tp2d_helpers.engine import load_config, meta_model, sharding_plan
+from tp2d_helpers.engine import load_config, sharding_plan
+from tp2d_helpers.planner import parameter_count
 from tp2d_helpers.tokens import load_tokenizer, prepare_tokens
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
@@ -119,7 +120,7 @@ def check_model(config: Config) -> tuple[str, str]:
     if not _has_weights(config.model_name):
         raise ConfigError(f"model_name = {config.model_name!r}: has no weights ({' or '.join(WEIGHT_FILES)})")
     try:
-        size = sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+        size = parameter_count(hf_config)
     except ValueError as error:
         raise ConfigError(
             f"model_name = {config.model_name!r}: {hf_config.model_type!r} is not a model that "

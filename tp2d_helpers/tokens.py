@@ -98,6 +98,7 @@ def prepare_tokens(
     key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
+        """Check the column and tokenise it; called if the cache hasn't got the folder."""
         text = load_text(dataset_name, dataset_config, dataset_percentage)
         if text_column not in text.column_names:
             raise ConfigError(
