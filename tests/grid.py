@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import nbformat
 import pytest
 import torch
 import torch.distributed as dist
+from ray.train import CheckpointUploadMode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tp_autotp.ipynb"
@@ -42,6 +44,9 @@ PRELOAD = ["tp2d_helpers.preflight", "tp2d_helpers.metrics", "tp2d_helpers.check
 IMPORT_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1",
                "PYTHONPATH": IMPORT_PATH}  # fmt: skip
+
+
+UPLOADS: list[threading.Thread] = []  # of checkpoints, in a worker
 
 
 def notebook_definitions(*tags: str) -> dict[str, Any]:
@@ -129,9 +134,11 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
         os.environ.update(environment)
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
+        from ray.train.v2._internal.execution.train_fn_utils import LocalTrainFnUtils
 
         torch.set_num_threads(1)
-        names = notebook_definitions("imports", "train-func")
+        LocalTrainFnUtils.report = _upload
+        names = notebook_definitions("imports", "train-step", "train-func")
         kept: dict[str, Any] = {}
         setup = names["setup_model_with_autotp"]
 
@@ -145,6 +152,8 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
 
         def train(config: dict) -> None:
             names["train_func"](config)
+            for upload in UPLOADS:
+                upload.join()
             engine, tp_group, dp_group, *_ = kept["setup"]
             kept["result"] = after(engine, tp_group, dp_group) if after else None
 
@@ -157,6 +166,15 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
     writer.close()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed and gloo threads may not end by themselves
+
+
+def _upload(self: Any, metrics: dict, checkpoint: Any, checkpoint_upload_fn: Callable, **mode: Any) -> None:
+    """What `ray.train.report` does in a cluster and leaves out in local mode: call the upload function."""
+    self._last_metrics, self._last_checkpoint = metrics, checkpoint
+    UPLOADS.append(threading.Thread(target=checkpoint_upload_fn, args=(checkpoint, "")))
+    UPLOADS[-1].start()
+    if mode["checkpoint_upload_mode"] is not CheckpointUploadMode.ASYNC:
+        UPLOADS[-1].join()
 
 
 @dataclass

@@ -26,7 +26,7 @@ from ray.actor import ActorClass
 
 from tp2d_helpers import cluster as ray_cluster
 from tp2d_helpers import engine, preflight
-from tp2d_helpers.config import Config, ConfigError, make_config, record_run
+from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
 from tp2d_helpers.metrics import read_metrics
 

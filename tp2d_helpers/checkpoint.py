@@ -1,20 +1,33 @@
-"""Save to and load from Ray Train's storage, in DeepSpeed's own format.
+"""Save to and load from the run's folder, in DeepSpeed's own format, under Ray Train's bookkeeping.
 
-Every rank writes its part: the weights of its TP shard, and its ZeRO share of masters and moments. The client state has
-where the run was: `Progress`. Ray Train keeps count of the checkpoints, and hands a restarted worker the newest.
+Every rank writes its part: the weights of its TP shard, its ZeRO share of masters and moments, its random states. The
+client state has where the run was: `Progress`. A checkpoint counts when all ranks have written theirs (`run_folder`).
 
-A checkpoint is a pickle: loading one runs code from it. `load_checkpoint` only ever loads what Ray Train kept for this
-run, in this run's folder.
+A checkpoint is a pickle, and a pickle can hold code. Loading one here executes nothing from it (`safe_loading`), and
+one that another run wrote is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
+import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import ray.train
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from ray.train import Checkpoint, CheckpointUploadMode
+from torch.utils._pytree import tree_map_only
+
+from tp2d_helpers import run_folder
+from tp2d_helpers.resize import UNIVERSAL, safe_loading, universal_checkpoint
 
 
 @dataclasses.dataclass
@@ -32,9 +45,72 @@ class Progress:
         if self.epoch_step == steps_per_epoch:
             self.epoch, self.epoch_step = self.epoch + 1, 0
 
-    def checkpoint_due(self, interval: int) -> bool:
+    def due(self, interval: int) -> bool:
         """True at the end of an epoch, and every `interval` steps (0: only at the end of an epoch)."""
         return self.epoch_step == 0 or (interval > 0 and self.step % interval == 0)
+
+
+class CheckpointWriter(TorchCheckpointEngine):
+    """DeepSpeed's way to the disk, in two steps: `save` notes what to write, `write` writes it.
+
+    In between, training can go on if `save` took a copy. The copy is in host memory, pinned where there is a GPU, so
+    that it is made at the speed of the bus; there is one at a time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy, self.waiting, self.written = False, [], threading.Event()
+        self.written.set()
+
+    def begin(self, folder: Path, copy: bool, timeout: float) -> None:
+        """Wait until the checkpoint before is written; then collect the files of this one.
+
+        Raises:
+            TimeoutError: if that takes longer than `timeout` seconds.
+        """
+        if not self.written.wait(timeout):
+            raise TimeoutError(f"the checkpoint before {folder.name} is not written after {timeout:g} s")
+        self.folder, self.copy, self.waiting = folder, copy, []
+        self.written.clear()
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Note a file to write; called by DeepSpeed."""
+        self.waiting.append((Path(path), host_copy(state_dict) if self.copy else state_dict))
+
+    def write(self, **facts: Any) -> None:
+        """Write all files, see that they reach the disk, then this rank's manifest with their sizes."""
+        if self.copy and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        files = {}
+        while self.waiting:
+            path, state = self.waiting.pop(0)
+            with open(path, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+                files[str(path.relative_to(self.folder))] = file.tell()
+        run_folder.write_manifest(self.folder, dist.get_rank(), files, **facts)
+        self.written.set()
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Load one file as mapped memory, so that a rank reads only what it takes from it; called by DeepSpeed."""
+        return torch.load(path, map_location=map_location, mmap=True, weights_only=True)
+
+
+def host_copy(state: Any) -> Any:
+    """Copy every tensor in a nested structure to host memory; tensors that share memory share their copy."""
+    copies: dict[int, torch.UntypedStorage] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in copies:
+            target = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+            target.untyped_storage().copy_(storage, non_blocking=True)
+            copies[storage.data_ptr()] = target.untyped_storage()
+        empty = torch.empty(0, dtype=tensor.dtype)
+        return empty.set_(copies[storage.data_ptr()], tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    return tree_map_only(torch.Tensor, copy, state)
 
 
 def save_checkpoint(
@@ -45,44 +121,138 @@ def save_checkpoint(
     epoch_step: int = 0,
     samples: int = 0,
     run_dir: str | Path = ".",
+    eval_loss: float | None = None,
+    background: bool = False,
+    timeout: float = 1800,
 ) -> None:
     """Save a checkpoint and report it to Ray Train. Collective: every rank calls it with the same arguments.
 
-    The ranks write straight into the run's folder, which all nodes share, so nothing is copied; the checkpoint counts
-    from the moment that Ray Train has every rank's report.
+    The ranks write straight into the run's folder, which all nodes share.
 
     Args:
         epoch: whole epochs done.
         step: optimizer steps done over the whole run.
-        avg_loss: mean loss of the newest step, kept with the checkpoint as its metric.
+        avg_loss: mean loss of the newest step, kept with the checkpoint as one of its metrics.
         epoch_step: optimizer steps done in the epoch that is under way.
         samples: samples consumed over the whole run.
         run_dir: the run's folder, `<storage_path>/<experiment_name>`.
+        eval_loss: loss on the held-out samples, another of its metrics.
+        background: copy to host memory and return; Ray Train's upload thread writes while training goes on.
+        timeout: seconds that the checkpoint before may still take, if it is being written.
+
+    Raises:
+        TimeoutError: if it takes longer.
     """
     progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
-    folder = Path(run_dir) / f"checkpoint_{step:08d}"
-    engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=dataclasses.asdict(progress))
+    if not isinstance(engine.checkpoint_engine, CheckpointWriter):
+        engine.checkpoint_engine = CheckpointWriter()
+    writer: CheckpointWriter = engine.checkpoint_engine
+    folder = _new_folder(Path(run_dir), step)
+    writer.begin(folder, copy=background, timeout=timeout)
+    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else None  # universal checkpoints lack it
+    state = {**dataclasses.asdict(progress), "loss_scaler": scaler}
+    engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=state)
+    writer.save(_random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
+    facts = {"step": step, "world_size": dist.get_world_size(), **_grid(engine)}
+
+    def upload(checkpoint: Checkpoint, _: str) -> Checkpoint:
+        writer.write(**facts)
+        return checkpoint
+
+    metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
     ray.train.report(
-        {"loss": avg_loss, "epoch": epoch, "step": step},
+        metrics,
         checkpoint=Checkpoint.from_directory(folder),
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC if background else CheckpointUploadMode.SYNC,
+        checkpoint_upload_fn=upload,
     )
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine) -> Progress:
-    """Load the newest checkpoint that Ray Train has of this run into the engine; say where the run goes on.
+def load_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, run_dir: str | Path = ".", seed: int = 42, trusted: bool = False
+) -> Progress:
+    """Load the run's newest complete checkpoint into the engine; say where the run goes on. Collective.
+
+    A checkpoint of another grid is converted first, once, by rank 0.
+
+    Args:
+        seed: of the run; on another grid than before, dropout starts anew from it and the step.
+        trusted: load it even if another run wrote it.
 
     Returns:
         The progress at the checkpoint, all zeros if there is none.
 
     Raises:
+        ConfigError: if another run wrote it, and `trusted` is False.
         RuntimeError: if the checkpoint is there but can't be loaded.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    folder, tag = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
+    if folder is None:
         return Progress()
-    with checkpoint.as_directory() as folder:
-        path, state = engine.load_checkpoint(folder)
-        if path is None:
-            raise RuntimeError(f"{checkpoint} holds no DeepSpeed checkpoint that this grid of ranks can load")
-    return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    engine.checkpoint_engine = CheckpointWriter()
+    engine._config.load_universal_checkpoint = tag == UNIVERSAL
+    with safe_loading():
+        path, state = engine.load_checkpoint(str(folder), tag=tag)
+    engine._config.load_universal_checkpoint = False
+    if path is None:
+        raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
+    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    if tag == UNIVERSAL:
+        dp_rank = dist.get_rank() // engine.mp_world_size
+        transformers.set_seed((seed + 1 + dp_rank + 1_000_003 * progress.step) % 2**32)
+        if state["loss_scaler"]:
+            vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
+    else:
+        _set_random_states(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
+    return progress
+
+
+def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str]:
+    """The checkpoint to load and the tag in it; on rank 0 only."""
+    folder, skipped = run_folder.newest_checkpoint(run_dir)
+    for line in skipped:
+        print(f"not used: {line}", flush=True)
+    if folder is None:
+        return None, ""
+    run_folder.check_origin(folder, trusted)
+    manifest = run_folder.read_manifest(folder)
+    same = all(manifest[name] == value for name, value in _grid(engine).items())
+    return folder, f"step_{manifest['step']:08d}" if same else universal_checkpoint(folder)
+
+
+def _on_rank_0(function: Any) -> Any:
+    """Call it on rank 0 and return its result on all ranks, so that all decide alike. Collective."""
+    answer = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _new_folder(run_dir: Path, step: int) -> Path:
+    """An empty folder for a checkpoint. One that was declared complete is never written into again."""
+
+    def choose() -> Path:
+        folder, count = run_dir / f"checkpoint_{step:08d}", 1
+        while (folder / "rank_0.json").exists():
+            count += 1
+            folder = run_dir / f"checkpoint_{step:08d}_{count}"
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    return _on_rank_0(choose)
+
+
+def _grid(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+    stage = int(engine.zero_optimization_stage())
+    return {"tp_size": engine.mp_world_size, "dp_size": engine.seq_dp_world_size, "zero_stage": stage}
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])

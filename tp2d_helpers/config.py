@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,12 +67,19 @@ class Config(BaseModel):
     # Length of the run, what it prints and keeps.
     debug_steps: NonNegativeInt = 0
     log_interval: PositiveInt = 5
+    eval_samples: NonNegativeInt = 0
+    eval_interval: NonNegativeInt = 0
     checkpoint_interval: NonNegativeInt = 0
     checkpoints_to_keep: PositiveInt = 2
+    keep_checkpoints_by: Literal["newest", "loss", "eval_loss"] = "newest"
+    async_checkpoint: bool = True
+    trust_checkpoint: bool = False
     storage_path: str = "auto"
     experiment_name: str = "auto"
     # The cluster.
     max_failures: NonNegativeInt = 1
+    min_dp_size: NonNegativeInt = 0
+    hang_timeout_seconds: NonNegativeInt = 600
     cluster_wait_seconds: NonNegativeInt = 0
 
     @field_validator("experiment_name")
@@ -179,28 +185,3 @@ def _assigned_names(source: str) -> list[str]:
     targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
     targets += [node.target for node in body if isinstance(node, ast.AnnAssign) and node.value]
     return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
-
-
-# What must not change between the start of a run and its resumption: the data order and the optimizer depend on it.
-IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing",
-            "seq_length", "seed", "tp_size", "dp_size", "zero_stage", "batch_size_per_gpu",
-            "gradient_accumulation_steps", "precision", "master_weights")  # fmt: skip
-
-
-def record_run(config: Config) -> None:
-    """Write the settings into the run's folder, or check them against the run that is already there.
-
-    Raises:
-        ConfigError: if the folder holds a run that this config would not continue; lists the settings that differ.
-    """
-    path = config.run_dir / "config.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    now = config.model_dump()
-    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
-    if differing:
-        raise ConfigError(
-            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "
-            f"({'; '.join(differing)}). Take another experiment_name, or the same settings to continue that run."
-        )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n")

@@ -101,6 +101,7 @@ def create_dataloader(
     gradient_accumulation_steps: int = 1,
     packing: bool = True,
     debug_steps: int = 0,
+    eval_samples: int = 0,
     **source: Any,
 ) -> DataLoader:
     """Build the loader of one DP rank. It yields micro-batches; accumulation of them make a step.
@@ -111,6 +112,7 @@ def create_dataloader(
 
     Args:
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
+        eval_samples: keep the last so many samples of the dataset for `evaluate`.
         source: `dataset_config`, `text_column` and `trust_remote_code`, as for `prepare_tokens`.
 
     Raises:
@@ -118,11 +120,13 @@ def create_dataloader(
     """
     folder = prepare_tokens(model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source)
     dataset = TokenDataset(folder, seq_length, packing)
-    sampler = GlobalBatchSampler(len(dataset), batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed)
+    samples = max(len(dataset) - eval_samples, 0)
+    sampler = GlobalBatchSampler(samples, batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed)
     if not sampler.steps_per_epoch:
-        raise ConfigError(f"{len(dataset)} samples are fewer than one global batch of {sampler.global_batch}")
+        raise ConfigError(f"{samples} samples are fewer than one global batch of {sampler.global_batch}")
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
-    return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available())
+    # With a generator of its own: the loader draws a number at each start, which a resumed run would have more of.
+    return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 
 
 def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Tensor]], int]]:
@@ -148,5 +152,5 @@ def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that `create_dataloader` takes."""
     names = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "trust_remote_code",
              "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps", "dp_size", "seed",
-             "debug_steps")  # fmt: skip
+             "debug_steps", "eval_samples")  # fmt: skip
     return {name: config[name] for name in names}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import math
+import os
 import signal
 import statistics
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import ray
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -24,6 +28,7 @@ from pygments.lexers import PythonLexer
 from ray.train import WorkerGroupError
 
 from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.guard import lock_run, read_json
 from tp2d_helpers.metrics import read_metrics
 
 SOURCE_STYLE = "color: #212121; padding: 8px; font-family: monospace; font-size: 13px; line-height: 1.3; margin: 0"
@@ -32,6 +37,12 @@ MOST_LINES = 30  # of progress in one launch, however long the run
 
 class TrainingFailed(RuntimeError):
     """The run ended with an error. The message has the first worker's, and where the logs are."""
+
+    _render_traceback_ = ConfigError._render_traceback_
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """The reader stopped the run. The message says at which step, and how to continue."""
 
     _render_traceback_ = ConfigError._render_traceback_
 
@@ -57,38 +68,67 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
     """Print the progress of the run that the body launches: a line per `log_interval`, at most `MOST_LINES`.
 
+    The run's folder is locked meanwhile.
+
     Raises:
+        ConfigError: if another process is writing to the run's folder.
         TrainingFailed: in place of the launch's own error, whose trace has hundreds of lines.
+        TrainingInterrupted: after Ctrl-C, or "Interrupt" in Jupyter.
     """
     path, total = config.run_dir / "metrics.jsonl", config.num_epochs * steps_per_epoch
-    done = max((record["step"] for record in read_metrics(path)), default=0)
-    every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
-    steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
-    print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
-    finished, began = threading.Event(), time.perf_counter()
-    thread = threading.Thread(target=_print_progress, args=(path, done, total, every, finished), daemon=True)
     interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back
-    thread.start()
-    try:
-        yield
-    except Exception as error:
-        raise TrainingFailed(_describe(error, config)) from None
-    finally:
-        finished.set()
-        thread.join()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
+    with lock_run(config):
+        (config.run_dir / "stalled.json").unlink(missing_ok=True)  # of an earlier launch
+        done = max((record["step"] for record in read_metrics(path)), default=0)
+        every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
+        steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
+        print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
+        finished, began = threading.Event(), time.perf_counter()
+        thread = threading.Thread(target=_print_progress, args=(path, done, total, every, finished), daemon=True)
+        thread.start()
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as error:  # Ray Train answers Ctrl-C by sys.exit(0)
+            _kill_actors(error)
+            raise TrainingInterrupted(_describe_interrupt(config, total)) from None
+        except Exception as error:
+            raise TrainingFailed(_describe(error, config)) from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupt)
+            finished.set()
+            thread.join()
     print(f"finished in {time.perf_counter() - began:.0f} s")
 
 
 def _print_progress(path: Path, done: int, total: int, every: int, finished: threading.Event) -> None:
-    last = False
+    last, tail = False, Tail(path)
     while not last:
         last = finished.wait(0.5)  # one more look after the end
-        for record in read_metrics(path):
+        for record in tail.read():
             if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):
                 print(progress_line(record, total), flush=True)
             done = max(done, record["step"])
+
+
+class Tail:
+    """Reads what is new in a `metrics.jsonl`; all of it again after a restarted run has put another in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file, self.offset = path, (0, 0), 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Records that were written since the last call. A line that isn't complete yet waits for the next one."""
+        new = b""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if (status.st_dev, status.st_ino) != self.file or status.st_size < self.offset:
+                self.file, self.offset = (status.st_dev, status.st_ino), 0
+            file.seek(self.offset)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self.offset += len(new)
+        return [json.loads(line) for line in new.splitlines()]
 
 
 def progress_line(record: dict[str, Any], total: int) -> str:
@@ -104,6 +144,10 @@ def progress_line(record: dict[str, Any], total: int) -> str:
 
 def _describe(error: Exception, config: Config) -> str:
     failures = getattr(error, "worker_failures", {}) if isinstance(error, WorkerGroupError) else {}
+    stall = read_json(config.run_dir / "stalled.json")
+    if stall:
+        at = time.strftime("%H:%M:%S", time.localtime(stall["time"]))
+        return f"{stall['message']} (at {at})\nWhere the ranks hung: {config.run_dir / 'logs'}"
     if not failures:
         return f"{error}\nWorker logs: {config.run_dir / 'logs'}"
     rank, failure = min(failures.items())
@@ -112,6 +156,29 @@ def _describe(error: Exception, config: Config) -> str:
         f"{len(failures)} of {config.num_workers} workers failed; rank {rank}: {reason[-1]}\n"
         f"Its log: {config.run_dir / 'logs' / f'rank_{rank}.log'}"
     )
+
+
+def _describe_interrupt(config: Config, total: int) -> str:
+    step = max((record["step"] for record in read_metrics(config.run_dir / "metrics.jsonl")), default=0)
+    found = any(config.run_dir.glob("checkpoint_*/"))
+    return (
+        f"interrupted after step {step} of {total}; the workers are stopped.\n"
+        f"A launch with experiment_name = {config.experiment_name!r} "
+        + ("continues from the newest complete checkpoint." if found else "begins anew: there is no checkpoint yet.")
+    )
+
+
+def _kill_actors(error: BaseException) -> None:
+    """End what the launch that raised the error has started, as far as Ray Train has not.
+
+    Its controller outlives an interrupt that comes before Ray Train listens for one, or three in a row, and goes on
+    training. Nothing but the frames of Ray Train holds a handle to it. With the controller go its workers.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__", "").startswith("ray.train."):
+            for value in frame.f_locals.values():
+                if isinstance(value, ray.actor.ActorHandle):
+                    ray.kill(value)
 
 
 def show_results(records: list[dict[str, Any]], first: int = 1) -> None:

@@ -63,9 +63,10 @@ class StepMetrics:
     """Collects one record per optimizer step and writes `metrics.jsonl` in blocks.
 
     A record has `step`, `epoch`, `loss` (mean over all targets of the global batch), `grad_norm` (before clipping),
-    `learning_rate`, `tokens` (real ones), `step_seconds`, `tokens_per_second`, `mfu` (None where the peak is unknown)
-    and `peak_memory_gib` (the highest of all ranks: GPU memory allocated, or on CPU the resident set of the process).
-    A number that isn't finite is written as null.
+    `learning_rate`, `tokens` (real ones), `step_seconds`, `tokens_per_second`, `mfu` (None where the peak is unknown),
+    `peak_memory_gib` (the highest of all ranks: GPU memory allocated, or on CPU the resident set of the process) and
+    `eval_loss` (of the held-out samples after the step, None where they weren't evaluated). A number that isn't finite
+    is written as null.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class StepMetrics:
         self.cuda = engine.device.type == "cuda"
         self.waiting: list[dict[str, Any]] = []
         self.newest_loss = math.nan
+        self.newest_eval_loss: float | None = None
         hf_config = engine.module.config
         peak = peak_flops(torch.cuda.get_device_name()) if self.cuda else None
         flops = model_flops_per_token(meta_model(hf_config), hf_config, seq_length)
@@ -97,7 +99,7 @@ class StepMetrics:
         self.last = self._now()
 
     def record(self, step: int, epoch: int, loss: torch.Tensor, tokens: int) -> None:
-        """Note a step that was just launched; flush when `log_interval` says so. Collective at a flush.
+        """Note a step that was just launched.
 
         Args:
             step: 1-based over the whole run.
@@ -108,20 +110,31 @@ class StepMetrics:
         now = self._now()
         self.waiting.append(
             dict(step=step, epoch=epoch, loss=loss, grad_norm=self.engine.get_global_grad_norm(),
-                 learning_rate=self.learning_rate, tokens=tokens, step_seconds=(self.last, now))
+                 learning_rate=self.learning_rate, tokens=tokens, step_seconds=(self.last, now), eval_loss=None)
         )  # fmt: skip
         self.last, self.learning_rate = now, self.engine.get_lr()[0]
-        if step % self.interval == 0:
-            self.flush()
 
-    def flush(self) -> float:
-        """Fetch and write what is waiting; return the newest loss (NaN if nothing was waiting). Collective.
+    def record_evaluation(self, loss: float) -> None:
+        """Add the held-out loss after the newest step, and leave the time it took out of the next step's."""
+        self.newest_eval_loss = self.waiting[-1]["eval_loss"] = loss
+        self.restart_clock()
+
+    def flush_due(self) -> bool:
+        """True where `log_interval` asks for a flush: the same steps on every rank."""
+        return bool(self.waiting) and self.waiting[-1]["step"] % self.interval == 0
+
+    def newest(self) -> dict[str, float | None]:
+        """`avg_loss` of the newest step that was flushed, and the newest `eval_loss`."""
+        return {"avg_loss": self.newest_loss, "eval_loss": self.newest_eval_loss}
+
+    def flush(self) -> None:
+        """Fetch and write what is waiting. Collective.
 
         Raises:
             FloatingPointError: if a loss isn't finite, after writing the records.
         """
         if not self.waiting:
-            return self.newest_loss
+            return
         losses = torch.stack([record["loss"].float() for record in self.waiting])
         dist.all_reduce(losses, group=self.dp_group)  # identical within a TP group, so the sum is over DP alone
         losses = (losses / dist.get_world_size(self.dp_group)).tolist()
@@ -145,7 +158,6 @@ class StepMetrics:
         self.waiting, self.newest_loss = [], losses[-1]
         if bad:
             raise FloatingPointError(f"the loss of step {bad[0]} is not finite; the checkpoint before it is kept")
-        return self.newest_loss
 
     def _now(self) -> Any:
         if not self.cuda:

@@ -69,3 +69,7 @@ class ModelParallelUnit:
     def get_model_parallel_rank(self) -> int:
         """Column of this rank in the grid."""
         return self.tp_rank
+
+    # The same under Megatron's names, by which ZeRO asks as it loads a universal checkpoint.
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank

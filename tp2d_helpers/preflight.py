@@ -6,6 +6,7 @@ order of what they cost. It ends in a table of what was found and what was chose
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import time
 import uuid
@@ -16,12 +17,31 @@ from typing import Any
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from packaging.version import Version
 
-from tp2d_helpers.cluster import check_placement, check_resources, connect, describe_cluster
-from tp2d_helpers.config import Config, ConfigError, record_run
+from tp2d_helpers.cluster import (
+    check_nodes,
+    check_placement,
+    check_resources,
+    connect,
+    describe_cluster,
+    describe_placement,
+    loopback_variables,
+)
+from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
+from tp2d_helpers.elastic import possible_dp_sizes
 from tp2d_helpers.engine import load_config, sharding_plan
+from tp2d_helpers.guard import lock_run
 from tp2d_helpers.planner import parameter_count
+from tp2d_helpers.run_folder import (
+    GRID,
+    check_origin,
+    continue_run,
+    mend_ray_snapshot,
+    newest_checkpoint,
+    record_run,
+    recorded,
+)
 from tp2d_helpers.tokens import load_tokenizer, prepare_tokens
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
@@ -41,11 +61,24 @@ class Plan:
     rows: list[tuple[str, str, str]] = field(default_factory=list)  # (what, found, chosen)
 
     @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """Workers to start; (fewest, most) if the run may go on with fewer replicas."""
+        tp_size, sizes = self.config.tp_size, possible_dp_sizes(self.config)
+        return (sizes[0] * tp_size, sizes[-1] * tp_size) if self.config.min_dp_size else self.config.num_workers
+
+    @property
+    def checkpoint_score(self) -> dict[str, Any]:
+        """By what Ray Train chooses the checkpoints to keep, as arguments of its `CheckpointConfig`."""
+        by = self.config.keep_checkpoints_by
+        return {} if by == "newest" else {"checkpoint_score_attribute": by, "checkpoint_score_order": "min"}
+
+    @property
     def worker_runtime_env(self) -> dict[str, Any]:
         """Environment of the workers, whatever the driver's is: a GPU that is there may not be wanted."""
-        if self.config.use_gpu:
-            return {"env_vars": {"DS_ACCELERATOR": "cuda"}}
-        return {"env_vars": {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}}
+        device = {"DS_ACCELERATOR": "cuda"}
+        if not self.config.use_gpu:
+            device = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return {"env_vars": device | loopback_variables()}
 
 
 def preflight(config: Config) -> Plan:
@@ -56,17 +89,60 @@ def preflight(config: Config) -> Plan:
     """
     resources = connect()
     config, why = choose(config, resources)
+    check_resilience(config)
+    then, config = config, continue_run(config)
     rows = [("versions", check_versions(), "")]
     rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
     resources_per_worker = check_resources(config, resources)
-    check_placement(config, resources_per_worker)
+    counts = check_placement(config, resources_per_worker)
     rows.append(("precision", *check_precision(config, resources)))
     rows.append(("model", *check_model(config)))
+    rows += describe_placement(config, counts)
     steps, *described = check_data(config)
     rows.append(("data", *described))
     rows.append(("storage", check_storage(config), str(config.run_dir)))
+    rows += check_checkpoints(config, then)
     record_run(config)
     return Plan(config, resources_per_worker, steps, rows)
+
+
+def check_resilience(config: Config) -> None:
+    """Settings of evaluation, checkpoints and elasticity that contradict each other.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    if config.keep_checkpoints_by == "eval_loss" and not config.eval_samples:
+        raise ConfigError("keep_checkpoints_by = 'eval_loss': nothing is evaluated; set eval_samples, say to 16")
+    if config.eval_interval and not config.eval_samples:
+        raise ConfigError(f"eval_interval = {config.eval_interval}: eval_samples is 0; set it, say to 16")
+    if config.min_dp_size > config.dp_size:
+        raise ConfigError(f"min_dp_size = {config.min_dp_size}: must not be above dp_size, which is {config.dp_size}")
+
+
+def check_checkpoints(config: Config, given: Config) -> list[tuple[str, str, str]]:
+    """A row about the checkpoint that the run will go on from; none for a new run.
+
+    Raises:
+        ConfigError: if another process is writing to the run's folder, or another run wrote the checkpoint.
+    """
+    run_dir, found = config.run_dir, recorded(config.run_dir)
+    with lock_run(config):
+        mend_ray_snapshot(run_dir)
+    newest, skipped = newest_checkpoint(run_dir)
+    if not found or not (newest or skipped):
+        return []
+    if newest:
+        check_origin(newest, config.trust_checkpoint)
+    chosen = [f"goes on from {newest.name}" if newest else "begins anew"]
+    if any(found[name] != getattr(config, name) for name in GRID):
+        chosen.append("converted for the new grid")
+    if config.gradient_accumulation_steps != given.gradient_accumulation_steps:
+        chosen.append(
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps}, so that a step keeps its "
+            f"{config.global_batch_size} samples"
+        )
+    return [("checkpoint", "; ".join(skipped) or "complete", ", ".join(chosen))]
 
 
 def check_versions() -> str:
@@ -155,12 +231,14 @@ def check_data(config: Config) -> tuple[int, str, str]:
     )
     data, size = TokenDataset(folder, config.seq_length, config.packing), config.global_batch_size
     kind = "packed" if config.packing else "padded"
-    if len(data) < size:
+    if len(data) - config.eval_samples < size:
+        held_out = f", {config.eval_samples} of them held out (eval_samples)" if config.eval_samples else ""
         raise ConfigError(
             f"dataset_name = {config.dataset_name!r}: {len(data)} {kind} samples of {config.seq_length} tokens "
-            f"({len(data.tokens):,} tokens in all), fewer than one global batch of {size} (batch_size_per_gpu "
-            f"{config.batch_size_per_gpu} × dp_size {config.dp_size} × gradient_accumulation_steps "
-            f"{config.gradient_accumulation_steps}). Take a smaller one, shorter samples or more data."
+            f"({len(data.tokens):,} tokens in all){held_out}, fewer than one global batch of {size} "
+            f"(batch_size_per_gpu {config.batch_size_per_gpu} × dp_size {config.dp_size} × "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps}). Take a smaller one, shorter samples "
+            "or more data."
         )
     vocabulary = load_config(config.model_name, config.trust_remote_code).get_text_config().vocab_size
     highest = max(int(data.tokens.max()), 0 if config.packing else data.pad)
@@ -169,7 +247,7 @@ def check_data(config: Config) -> tuple[int, str, str]:
             f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has {vocabulary} ids; "
             "take the tokenizer that belongs to the model, or resize the model's embeddings"
         )
-    steps = GlobalBatchSampler(len(data), size, 1, 0, 1, config.seed).steps_per_epoch
+    steps = GlobalBatchSampler(len(data) - config.eval_samples, size, 1, 0, 1, config.seed).steps_per_epoch
     steps = min(steps, config.debug_steps or steps)
     return (
         steps,
@@ -179,18 +257,30 @@ def check_data(config: Config) -> tuple[int, str, str]:
 
 
 def check_storage(config: Config) -> str:
-    """Try to write where the run will. Raises `ConfigError` if that fails."""
-    probe = config.run_dir / f".probe-{uuid.uuid4().hex}"
+    """Try to write where the run will, on the driver and on the other nodes. If that fails, nothing stays behind.
+
+    Raises:
+        ConfigError: if the folder can't be written, or isn't the same on all nodes.
+    """
+    made, probe = [], config.run_dir / f".probe-{uuid.uuid4().hex}"
     try:
+        made = [folder for folder in (config.run_dir, *config.run_dir.parents) if not folder.exists()]
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        probe.touch()
+        found = "writable" + check_nodes(config, probe)
+        made = []
+        return found
     except OSError as error:
         raise ConfigError(
             f"storage_path = {config.storage_path!r}: can't be written ({error.strerror}); "
             "take a folder that this user may write and that all nodes share"
         ) from None
-    return "writable"
+    finally:
+        with contextlib.suppress(OSError):
+            for file in config.run_dir.glob(f"{probe.name}*"):
+                file.unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:

@@ -1,0 +1,227 @@
+"""The watchdog ends a hang and names its cause, the lock keeps a second run out: with real processes, killed and frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grid import fork_context
+
+from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.display import Tail
+from tp2d_helpers.guard import Watchdog, lock_run, name_ranks, read_json, write_json
+from tp2d_helpers.metrics import append, keep_until
+
+PATIENCE = 2.0  # seconds
+WORLD = 3
+LIMIT = 30  # seconds that anything here may take
+
+
+def worker(folder: str, rank: int, sleeper: int | None, stops_at: int | None, steps: int, seconds: float) -> None:
+    """A training loop with a barrier of files, in which the ranks of a step wait for each other.
+
+    Args:
+        sleeper: this rank sleeps for ever in its batch of step `stops_at`; None: nobody.
+        stops_at: with no sleeper, no rank comes back from this step; None: all finish.
+    """
+    with Watchdog(folder, rank, WORLD, seconds) as watchdog:
+        for step in range(1, steps + 1):
+            watchdog.mark(f"batch of step {step}")
+            time.sleep(0.3)
+            while rank == sleeper and step == stops_at:
+                time.sleep(1)
+            watchdog.mark(f"step {step}")
+            Path(folder, f"arrived_{step}_{rank}").touch()
+            while len(list(Path(folder).glob(f"arrived_{step}_*"))) < WORLD or (sleeper is None and step == stops_at):
+                time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def world(folder: Path, **behaviour: Any) -> Iterator[list[Any]]:
+    """The processes of `WORLD` ranks, each running `worker`."""
+    settings = dict(sleeper=None, stops_at=None, steps=3, seconds=PATIENCE) | behaviour
+    context = fork_context()
+    processes = [
+        context.Process(target=worker, args=(str(folder), rank), kwargs=settings, daemon=True) for rank in range(WORLD)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    """Wait for it."""
+    end = time.monotonic() + LIMIT
+    while not true():
+        assert time.monotonic() < end, f"not within {LIMIT} s"
+        time.sleep(0.02)
+
+
+def exit_codes(processes: list[Any]) -> list[int | None]:
+    """Wait for the processes."""
+    end = time.monotonic() + LIMIT
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    return [process.exitcode for process in processes]
+
+
+def test_a_late_rank_is_named(tmp_path: Path) -> None:
+    began = time.time()
+    with world(tmp_path, sleeper=1, stops_at=2) as processes:
+        assert exit_codes(processes) == [1, 1, 1]
+    stall = read_json(tmp_path / "stalled.json")
+    expected = "no progress for 2 s: rank 1 is still in 'batch of step 2'; ranks 0, 2 wait in 'step 2'"
+    assert stall["message"] == expected and stall["ranks"] == [1]
+    assert began + PATIENCE < stall["time"] < began + 4 * PATIENCE + 2
+    assert [path.name for path in tmp_path.glob("**/.*")] == [], "scratch files are left"
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_a_frozen_rank_is_named(tmp_path: Path, frozen: int) -> None:
+    with world(tmp_path, steps=1000) as processes:
+        wait_until((tmp_path / "arrived_3_0").exists)
+        os.kill(processes[frozen].pid, signal.SIGSTOP)
+        others = [process for process in processes if process is not processes[frozen]]
+        assert exit_codes(others) == [1, 1]
+        stall = read_json(tmp_path / "stalled.json")
+        os.kill(processes[frozen].pid, signal.SIGCONT)  # must not take the others' silence for the cause at once
+        time.sleep(0.5 * PATIENCE)
+        assert read_json(tmp_path / "stalled.json") == stall
+    assert (
+        f"rank {frozen} does not answer (" in stall["message"] and f", pid {processes[frozen].pid};" in stall["message"]
+    )
+    assert "last seen in" in stall["message"] and "wait in 'step" in stall["message"]
+    assert stall["ranks"] == [frozen]
+
+
+def test_a_dead_rank_is_named(tmp_path: Path) -> None:
+    with world(tmp_path, steps=1000) as processes:
+        wait_until((tmp_path / "arrived_2_0").exists)
+        processes[1].kill()
+        assert exit_codes([processes[0], processes[2]]) == [1, 1]
+    assert read_json(tmp_path / "stalled.json")["ranks"] == [1]
+
+
+def test_all_ranks_hang_in_a_collective(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with world(tmp_path, stops_at=2) as processes:
+        assert exit_codes(processes) == [1, 1, 1]
+    message = read_json(tmp_path / "stalled.json")["message"]
+    assert message.startswith("no progress for 2 s: ranks 0, 1, 2 wait in 'step 2'; ") and "on any rank" in message
+
+
+def test_a_slow_run_goes_on(tmp_path: Path) -> None:
+    """Each step takes 0.3 s of a patience of 1 s, the run three times that patience."""
+    with world(tmp_path, steps=10, seconds=1.0) as processes:
+        assert exit_codes(processes) == [0, 0, 0]
+    assert not (tmp_path / "stalled.json").exists()
+
+
+def test_zero_turns_it_off(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, 2, 0) as watchdog:
+        watchdog.mark("step 1")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_heartbeats_of_an_earlier_attempt_do_not_count(tmp_path: Path, missing: bool) -> None:
+    """They are further and look fresh; still the late rank is found, or the one that hasn't started."""
+    for rank in range(WORLD):
+        beat = dict(
+            marks=500, place="step 250", seconds_there=0.0, time=time.time() + 3600, host="h", pid=1, closed=True
+        )
+        write_json(tmp_path / "heartbeats" / f"rank_{rank}.json", beat)
+    if missing:
+        process = fork_context().Process(target=worker, args=(str(tmp_path), 0, None, None, 1, PATIENCE), daemon=True)
+        process.start()
+        assert exit_codes([process]) == [1]
+        expected, ranks = "ranks 1, 2 have not started; rank 0 waits in 'step 1'", [1, 2]
+    else:
+        with world(tmp_path, sleeper=2, stops_at=1) as processes:
+            assert exit_codes(processes) == [1, 1, 1]
+        expected, ranks = "rank 2 is still in 'batch of step 1'; ranks 0, 1 wait in 'step 1'", [2]
+    stall = read_json(tmp_path / "stalled.json")
+    assert (stall["message"], stall["ranks"]) == (f"no progress for 2 s: {expected}", ranks)
+
+
+def test_long_lists_of_ranks_are_cut() -> None:
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks(list(range(128))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 120 more"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Settings of a run in a folder that isn't there yet."""
+    return make_config(storage_path=str(tmp_path / "new"), experiment_name="x")
+
+
+def hold(settings: dict[str, Any], ready: Any) -> None:
+    """Lock the run, say so, and keep it."""
+    with lock_run(make_config(**settings)):
+        ready.set()
+        time.sleep(LIMIT)
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(config: Config) -> None:
+    context = fork_context()
+    ready = context.Event()
+    process = context.Process(target=hold, args=(config.model_dump(), ready), daemon=True)
+    process.start()
+    try:
+        assert ready.wait(LIMIT)
+        with pytest.raises(ConfigError) as caught, lock_run(config):
+            pass
+        message = str(caught.value)
+        assert "experiment_name = 'x'" in message and f"started by pid {process.pid} on " in message
+        assert "another experiment_name" in message and "\n" not in message
+        with lock_run(config.change(experiment_name="y")):
+            pass
+    finally:
+        process.kill()
+        process.join()
+    with lock_run(config):
+        assert read_json(config.run_dir / ".lock.json")["pid"] == os.getpid()
+
+
+def test_a_process_may_launch_again(config: Config) -> None:
+    for _ in range(2):
+        with contextlib.suppress(ZeroDivisionError), lock_run(config):
+            raise ZeroDivisionError
+        assert not (config.run_dir / ".lock.json").exists()
+    with lock_run(config), pytest.raises(ConfigError, match=f"pid {os.getpid()}"), lock_run(config):
+        pass
+
+
+def test_the_tail_of_a_file_that_is_replaced(tmp_path: Path) -> None:
+    """No line twice, none lost: a growing file, a half-written line, and what a restarted run makes of it."""
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+
+    def new() -> list[int]:
+        return [record["step"] for record in tail.read()]
+
+    assert new() == []
+    append(path, [{"step": 1}, {"step": 2}])
+    assert new() == [1, 2] and new() == []
+    append(path, [{"step": 3}])
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": 4})[:5])
+    assert new() == [3] and new() == []
+    keep_until(path, 1)
+    append(path, [{"step": 2}, {"step": 3}, {"step": 4}, {"step": 5}])  # longer than it was before
+    assert new() == [1, 2, 3, 4, 5] and new() == []
+    path.write_text("")
+    assert new() == []
+    append(path, [{"step": 6}])
+    assert new() == [6]

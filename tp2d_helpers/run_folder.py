@@ -1,0 +1,167 @@
+"""What a run's folder holds: its settings, and its checkpoints, of which only the complete ones count.
+
+A checkpoint is complete if every rank that wrote it has left its manifest, `rank_<r>.json`, which it writes last: the
+run it belongs to, the grid, and the names and sizes of the files that this rank wrote. So a checkpoint that was cut
+off, or that lost a file since, is told from a good one without opening it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tp2d_helpers.config import Config, ConfigError, make_config
+
+# What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
+# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.resize`), as long as the global batch stays.
+IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing",
+            "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
+GRID = ("tp_size", "dp_size", "zero_stage")
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def recorded(run_dir: Path) -> dict[str, Any]:
+    """What `record_run` wrote into a run's folder: its settings and its `run_id`; empty if there is no run."""
+    path = run_dir / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def record_run(config: Config) -> None:
+    """Write the settings into the run's folder, for those who continue it, and an id that its checkpoints will bear."""
+    run_id = recorded(config.run_dir).get("run_id") or uuid.uuid4().hex
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    _write(config.run_dir / "config.json", {**config.model_dump(), "run_id": run_id})
+
+
+def continue_run(config: Config) -> Config:
+    """Fit a config to the run that is in its folder, if there is one.
+
+    A run's global batch stays: given another grid or micro-batch, `gradient_accumulation_steps` follows.
+
+    Raises:
+        ConfigError: if the config would not continue that run; lists the settings that differ.
+    """
+    found, now = recorded(config.run_dir), config.model_dump()
+    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
+    if differing:
+        raise ConfigError(
+            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "
+            f"({'; '.join(differing)}). Take another experiment_name, or the same settings to continue that run."
+        )
+    if not found:
+        return config
+    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
+    if 0 in (then.zero_stage, config.zero_stage) and any(found[name] != now[name] for name in GRID):
+        raise ConfigError(
+            f"zero_stage = {config.zero_stage}: the run was made with {then.tp_size} × {then.dp_size} at stage "
+            f"{then.zero_stage}; it can go on at another grid or stage only between the stages 1, 2 and 3"
+        )
+    return fit_global_batch(config, then.global_batch_size)
+
+
+def fit_global_batch(config: Config, samples: int) -> Config:
+    """Set `gradient_accumulation_steps` so that an optimizer step takes `samples` samples.
+
+    Raises:
+        ConfigError: if they can't be cut into whole micro-batches for every DP rank.
+    """
+    share = config.batch_size_per_gpu * config.dp_size
+    if samples % share:
+        raise ConfigError(
+            f"batch_size_per_gpu × dp_size = {config.batch_size_per_gpu} × {config.dp_size}: must divide the run's "
+            f"global batch of {samples} samples, which stays as it was when the run began"
+        )
+    return config.change(gradient_accumulation_steps=samples // share)
+
+
+def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any) -> None:
+    """Declare this rank's part of a checkpoint complete. The last thing that a rank writes into the folder.
+
+    Args:
+        files: size in bytes of each file that the rank wrote, by its path in the folder.
+        facts: `world_size`, `step` and the grid, the same on all ranks.
+    """
+    run_id = recorded(folder.parent).get("run_id")
+    _write(folder / f"rank_{rank}.json", {**facts, "run_id": run_id, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of rank 0: the grid that wrote the checkpoint, its step, the run's id."""
+    return json.loads((folder / "rank_0.json").read_text())
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint can't be used, in a few words with the file; None if it is complete."""
+    try:
+        world_size = read_manifest(folder)["world_size"]
+        manifests = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world_size)]
+    except FileNotFoundError as error:
+        return f"was not finished ({Path(error.filename).name} is missing)"
+    except (ValueError, KeyError, TypeError):
+        return "has an unreadable manifest"
+    for name, size in ((name, size) for manifest in manifests for name, size in manifest["files"].items()):
+        path = folder / name
+        if not path.exists():
+            return f"lacks {name}"
+        if path.stat().st_size != size:
+            return f"has {name} truncated ({path.stat().st_size:,} of {size:,} bytes)"
+    return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, the newest first."""
+    return sorted((path for path in run_dir.glob("checkpoint_*") if path.is_dir()), reverse=True)
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a run (None if there is none), and a line for each newer one that is not."""
+    skipped = []
+    for folder in checkpoints(run_dir):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, skipped
+        skipped.append(f"{folder.name} {problem}")
+    return None, skipped
+
+
+def check_origin(folder: Path, trusted: bool) -> None:
+    """Refuse a checkpoint that another run wrote, unless the user trusts it.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    then, now = read_manifest(folder).get("run_id"), recorded(folder.parent).get("run_id")
+    if then != now and not trusted:
+        raise ConfigError(
+            f"{folder}: not written by this run (its run_id is {then!r}, this run's {now!r}). Checkpoints are pickles; "
+            "remove it, or set trust_checkpoint to True if you know where it comes from"
+        )
+
+
+def mend_ray_snapshot(run_dir: Path) -> None:
+    """Take out of Ray Train's list of checkpoints those that are not complete: it would stop at the first of them."""
+    path = run_dir / RAY_SNAPSHOT
+    try:
+        state = json.loads(path.read_text())
+        results, indices = state["checkpoint_results"], state["checkpoint_report_indices"]
+        whole = [problem_of(run_dir / result["checkpoint_dir_name"]) is None for result in results]
+        if all(whole):
+            return
+        kept = [(result, index) for result, index, good in zip(results, indices, whole, strict=True) if good]
+        state["checkpoint_results"] = [result for result, _ in kept]
+        state["checkpoint_report_indices"] = [index for _, index in kept]
+        state["latest_checkpoint_result"] = max(kept, key=lambda pair: pair[1])[0] if kept else None
+        _write(path, state)
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError):  # cut off while it was written: Ray starts a new list
+        path.unlink()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader sees the whole of it or what was there before."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    scratch.replace(path)
