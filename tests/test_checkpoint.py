@@ -1,4 +1,4 @@
-"""A run continues from its files as if nothing had happened: at the same grid bit for bit, at another one in its numbers.
+"""A run continues from its files as if nothing had happened: on the same grid bit for bit, on another in its numbers.
 
 What becomes of checkpoints that were damaged, or that come from elsewhere. Ray's part is in `test_faults.py`.
 """
@@ -17,7 +17,7 @@ import torch
 from grid import Run, final_weights, run_grid
 
 from tp2d_helpers.checkpoint import CheckpointWriter, host_copy
-from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.config import Config
 from tp2d_helpers.export import checkpoint_tag
 from tp2d_helpers.metrics import keep_until, read_metrics
 from tp2d_helpers.resize import convert
@@ -71,3 +71,197 @@ def test_resume_in_mid_epoch(
     config = copy_until(whole, tmp_path, step=4, logged=5)
     weights = run_grid(config.model_dump(), after=final_weights)[0][0]
     assert_continues(config, whole, weights)
+
+
+# Another grid
+
+CHAIN = [(2, 2), (4, 1), (1, 2), (2, 1), (1, 1), (2, 2)]  # an epoch of 3 steps at each
+
+
+@pytest.mark.parametrize(
+    "model, stages, precision",
+    [
+        ("qwen2-tied", (1,), "fp32"),
+        ("qwen2-untied", (2,), "fp32"),
+        ("llama", (1, 2), "fp32"),
+        ("mistral", (3,), "fp32"),
+        ("qwen3", (2,), "fp32"),
+        ("qwen2-tied", (2,), "bf16"),
+        ("qwen2-untied", (1,), "bf16"),
+        ("llama", (1,), "bf16"),
+        ("qwen3", (1,), "bf16"),
+        ("qwen2-tied", (1,), "fp16"),
+    ],
+)
+def test_resume_at_another_grid(train: Train, tmp_path: Path, model: str, stages: tuple, precision: str) -> None:
+    """One run that changes its grid after each epoch, and back; with several stages, its ZeRO stage too."""
+    life = dict(num_epochs=len(CHAIN), debug_steps=3, eval_samples=5, precision=precision)
+    whole = train(model, **life, tp_size=2, dp_size=2, zero_stage=stages[0])
+    config = Config(**whole.config).change(storage_path=str(tmp_path), batch_size_per_gpu=1)
+    for epoch, (tp_size, dp_size) in enumerate(CHAIN):
+        config = config.change(
+            num_epochs=epoch + 1, tp_size=tp_size, dp_size=dp_size, gradient_accumulation_steps=4 // dp_size,
+            zero_stage=stages[epoch % len(stages)],
+        )  # fmt: skip
+        if epoch:
+            newest, _ = newest_checkpoint(config.run_dir)
+            convert(newest)
+        run_grid(config.model_dump())
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 3 * len(CHAIN) + 1))
+    tolerance = 1e-5 if precision == "fp32" else 1e-3
+    for record, expected in zip(records, whole.records, strict=True):
+        for name in ("loss", "eval_loss", "learning_rate", "tokens"):
+            wanted = expected[name] and pytest.approx(expected[name], rel=tolerance)
+            assert record[name] == wanted, f"step {record['step']}: {name}"
+
+
+@pytest.mark.parametrize("tp_size, dp_size, zero_stage", [(1, 2, 1), (2, 1, 3), (2, 2, 2)])
+def test_evaluation_is_the_same_at_every_size(train: Train, tp_size: int, dp_size: int, zero_stage: int) -> None:
+    """5 held-out samples, which no number of ranks divides."""
+    settings = dict(debug_steps=2, eval_samples=5, eval_interval=1)
+    run = train("qwen2-tied", tp_size=tp_size, dp_size=dp_size, zero_stage=zero_stage, **settings)
+    reference = train("qwen2-tied", **settings)
+    assert [record["eval_loss"] for record in run.records] == pytest.approx(
+        [record["eval_loss"] for record in reference.records], rel=1e-6
+    )
+    assert reference.records[1]["eval_loss"] < reference.records[0]["eval_loss"]
+
+
+# Damaged checkpoints
+
+
+def damage(folder: Path, how: str) -> None:
+    """Damage one file of a checkpoint in one way: `what file`."""
+    what, _, pattern = how.partition(" ")
+    path = sorted(folder.rglob(pattern))[0]
+    if what == "missing":
+        path.unlink()
+    elif what == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif what == "empty":
+        path.write_bytes(b"")
+    else:
+        path.write_text("step_99999999")
+
+
+@pytest.mark.parametrize(
+    "how, found",
+    [
+        ("missing *optim_states.pt", "lacks step_00000008/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        ("truncated *optim_states.pt", "_optim_states.pt truncated ("),
+        ("empty *model_states.pt", "model_states.pt truncated (0 of"),
+        ("missing random_1.pt", "lacks random_1.pt"),
+        ("missing rank_1.json", "was not finished (rank_1.json is missing)"),
+        ("truncated rank_0.json", "has an unreadable manifest"),
+        ("missing latest", ""),
+        ("elsewhere latest", ""),
+    ],
+)
+def test_a_damaged_checkpoint(train: Train, tmp_path: Path, how: str, found: str) -> None:
+    """The newest complete one is used instead, and named. DeepSpeed's `latest` is not needed."""
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = copy_until(whole, tmp_path, step=8, logged=9)
+    damage(config.run_dir / "checkpoint_00000008", how)
+    newest, skipped = newest_checkpoint(config.run_dir)
+    assert newest.name == ("checkpoint_00000006" if found else "checkpoint_00000008")
+    assert all(found in line and line.startswith("checkpoint_00000008 ") for line in skipped)
+    assert len(skipped) == bool(found)
+    weights = run_grid(config.model_dump(), after=final_weights)[0][0]
+    assert_continues(config, whole, weights)
+    log = (config.run_dir / "logs" / "rank_0.log").read_text()
+    assert (f"not used: {skipped[0]}" in log) if found else ("not used" not in log)
+    replaced = [path.name for path in sorted(config.run_dir.glob("checkpoint_00000008*")) if not problem_of(path)]
+    assert len(replaced) == 1
+
+
+def test_without_any_complete_checkpoint_a_run_begins_anew(train: Train, tmp_path: Path) -> None:
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = copy_until(whole, tmp_path, step=6, logged=7)
+    for folder in config.run_dir.glob("checkpoint_*"):
+        damage(folder, "empty *optim_states.pt")
+    weights = run_grid(config.model_dump(), after=final_weights)[0][0]
+    assert_continues(config, whole, weights)
+
+
+# Checkpoints from elsewhere
+
+
+class Code:
+    """Unpickled without care, this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_not_executed(train: Train, tmp_path: Path) -> None:
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = copy_until(whole, tmp_path, step=8, logged=9)
+    folder = config.run_dir / "checkpoint_00000008"
+    path = next(checkpoint_tag(folder).glob("*model_states.pt"))
+    states = torch.load(path, weights_only=False)
+    torch.save({**states, "epoch": Code(tmp_path / "executed")}, path)
+    manifest = json.loads((folder / "rank_0.json").read_text())
+    manifest["files"][str(path.relative_to(folder))] = path.stat().st_size
+    (folder / "rank_0.json").write_text(json.dumps(manifest))
+    with pytest.raises(RuntimeError, match="checkpoint_00000008 holds code, which is not executed; remove it"):
+        run_grid(config.model_dump())
+    assert not (tmp_path / "executed").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "executed").exists(), "it is no code after all"
+
+
+def test_another_runs_checkpoint_is_refused(train: Train, tmp_path: Path) -> None:
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = copy_until(whole, tmp_path, step=8, logged=9)
+    record_run(config)  # which gives the folder an id that its checkpoints don't bear
+    with pytest.raises(RuntimeError, match=r"not written by this run.*trust_checkpoint"):
+        run_grid(config.model_dump())
+    trusting = config.change(trust_checkpoint=True)
+    assert_continues(config, whole, run_grid(trusting.model_dump(), after=final_weights)[0][0])
+
+
+# Parts
+
+
+def test_host_copy_keeps_what_is_shared() -> None:
+    flat = torch.arange(10.0)
+    state = {"flat": flat, "views": [flat[2:6].view(2, 2), flat[::3]], "other": torch.ones(2), "number": 3}
+    copy = host_copy(state)
+    flat.zero_()
+    assert copy["flat"].tolist() == list(range(10)) and copy["number"] == 3
+    assert copy["views"][0].tolist() == [[2, 3], [4, 5]] and copy["views"][1].tolist() == [0, 3, 6, 9]
+    assert copy["views"][0].untyped_storage().data_ptr() == copy["flat"].untyped_storage().data_ptr()
+    assert copy["other"].untyped_storage().data_ptr() != state["other"].untyped_storage().data_ptr()
+
+
+def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path) -> None:
+    writer = CheckpointWriter()
+    writer.begin(tmp_path / "first", copy=True, timeout=0.1)
+    with pytest.raises(TimeoutError, match=r"the checkpoint before second is not written after 0\.1 s"):
+        writer.begin(tmp_path / "second", copy=True, timeout=0.1)
+
+
+def snapshot(*steps: int) -> dict[str, Any]:
+    results = [{"checkpoint_dir_name": f"checkpoint_{step:08d}", "metrics": {"step": step}} for step in steps]
+    return dict(checkpoint_results=results, checkpoint_report_indices=list(range(len(steps))),
+                latest_checkpoint_result=results[-1], ray_version="2.60.0")  # fmt: skip
+
+
+@pytest.mark.parametrize("steps, kept", [((4, 8), (4,)), ((8, 4), (4,)), ((4, 6), (4, 6)), ((8,), ())])
+def test_rays_list_loses_what_is_not_complete(train: Train, tmp_path: Path, steps: tuple, kept: tuple) -> None:
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = copy_until(whole, tmp_path, step=8, logged=9)
+    shutil.rmtree(config.run_dir / "checkpoint_00000008")
+    path = config.run_dir / "checkpoint_manager_snapshot.json"
+    path.write_text(json.dumps(snapshot(*steps)))
+    mend_ray_snapshot(config.run_dir)
+    state = json.loads(path.read_text())
+    assert [result["metrics"]["step"] for result in state["checkpoint_results"]] == list(kept)
+    assert (state["latest_checkpoint_result"] or {}).get("metrics") == (dict(step=kept[-1]) if kept else None)
+    path.write_text('{"ray_version": "2.60.0", "checkp')
+    mend_ray_snapshot(config.run_dir)
+    assert not path.exists()

@@ -1,4 +1,4 @@
-"""An export is the trained model, bit for bit; it is made one weight at a time; and a bad checkpoint leaves no trace."""
+"""An export is the trained model, bit for bit; it is made one weight at a time; a bad checkpoint leaves no trace."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from grid import ROOT, Run, fork_context, run_grid
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tp2d_helpers import export
-from tp2d_helpers.config import Config, make_config
+from tp2d_helpers.config import make_config
 from tp2d_helpers.engine import meta_model, planned_shapes
 from tp2d_helpers.export import checkpoint_tag, export_checkpoint, main, merge
 
@@ -81,7 +82,7 @@ def test_export_is_the_trained_model(
     trained_from = AutoTokenizer.from_pretrained(run.config["model_name"])
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == trained_from.get_vocab()
     names = safetensors.torch.load_file(folder / "model.safetensors").keys()
-    assert ("lm_head.weight" in names) == ("tied" not in model or "untied" in model), "tied weights are written once"
+    assert ("lm_head.weight" in names) == (model not in ("qwen2-tied", "qwen3")), "tied weights are written once"
 
 
 def test_export_of_zero_sub_groups(train: Train, tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def fp32_masters(tag: Path, tp_rank: int, dp_size: int) -> dict[str, torch.Tenso
     masters = {}
     for group, named in enumerate(shapes):
         flat = torch.cat([part["single_partition_of_fp32_groups"][group] for part in parts])
-        for name, shape in named.items():
+        for name, shape in ((name, torch.Size(shape)) for name, shape in named.items()):
             masters[name], flat = flat[: shape.numel()].view(shape), flat[shape.numel() :]
     return masters
 
@@ -161,30 +162,35 @@ def test_bf16(tiny_model: Callable, tmp_path: Path) -> None:
 # Files of several GB, in small.
 
 
-def fabricate(folder: Path, model: Path, zero_stage: int, tp_size: int, dp_size: int) -> Path:
-    """A checkpoint as DeepSpeed writes it, of constant weights; a TP rank's are the number of the weight + its rank.
+def fabricated(shapes: dict[str, torch.Size], tp_rank: int) -> dict[str, torch.Tensor]:
+    """A TP rank's weights in `fabricate`: like no other's."""
+    return {
+        name: (torch.arange(shape.numel()) * 3 + 7 * i + tp_rank).float().view(shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
-    At ZeRO stage 3 with sub-groups that end anywhere, and with padding where dp_size doesn't divide a weight.
+
+def fabricate(folder: Path, model: Path, zero_stage: int, tp_size: int, dp_size: int) -> Path:
+    """A checkpoint as DeepSpeed writes it, quickly; at ZeRO stage 3 with sub-groups, and with padding if dp_size is 3.
+
+    (No weight of a run in these tests has a size that 2 or 4 does not divide.)
     """
     tag = folder / "step_00000001"
     tag.mkdir(parents=True)
     shapes = planned_shapes(meta_model(AutoConfig.from_pretrained(model)), tp_size)
     common = dict(param_shapes=[shapes], dp_world_size=dp_size, mp_world_size=tp_size, ds_config={})
     for tp_rank in range(tp_size):
-        weights = {name: torch.full(shape, float(i + tp_rank)) for i, (name, shape) in enumerate(shapes.items())}
+        weights = fabricated(shapes, tp_rank)
         if zero_stage < 3:
             torch.save(dict(module=weights, **common), tag / f"mp_rank_{tp_rank:02d}_model_states.pt")
             continue
         torch.save(dict(module={}, **common), tag / f"zero_pp_rank_0_mp_rank_{tp_rank:02d}_model_states.pt")
+        padded = [pad(weight.flatten(), (0, -weight.numel() % dp_size), value=-1) for weight in weights.values()]
         for dp_rank in range(dp_size):
-            pieces = [weight.flatten().tensor_split(range(n := -(-weight.numel() // dp_size), weight.numel(), n))
-                      for weight in weights.values()]  # fmt: skip
-            size = [len(piece[0]) for piece in pieces]
-            padded = [torch.nn.functional.pad(p[dp_rank], (0, n - len(p[dp_rank]))) if dp_rank < len(p)
-                      else torch.zeros(n) for p, n in zip(pieces, size, strict=True)]  # fmt: skip
-            flat = list(torch.cat(padded).split(1_000_003))
+            flat = torch.cat([weight.chunk(dp_size)[dp_rank] for weight in padded])
+            groups = [group.clone() for group in flat.split(1_000_003)]
             path = tag / f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
-            torch.save({"optimizer_state_dict": {"fp32_flat_groups": [group.clone() for group in flat]}}, path)
+            torch.save({"optimizer_state_dict": {"fp32_flat_groups": groups}}, path)
     return folder
 
 
@@ -227,7 +233,8 @@ def deep_model(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -
 def test_memory(deep_model: Path, tmp_path: Path, zero_stage: int, dp_size: int) -> None:
     """At its peak an export takes a few times the largest weight, not the model."""
     checkpoint = fabricate(tmp_path / "checkpoint", deep_model, zero_stage, tp_size=2, dp_size=dp_size)
-    sizes = [parameter.nbytes for parameter in meta_model(AutoConfig.from_pretrained(deep_model)).parameters()]
+    whole = meta_model(AutoConfig.from_pretrained(deep_model))
+    sizes = [parameter.nbytes for parameter in whole.parameters()]
     assert sum(sizes) > 60e6 and max(sizes) < 3e6
     reader, writer = fork_context().Pipe(duplex=False)
     arguments = (checkpoint, str(deep_model), tmp_path / "export")
@@ -237,14 +244,12 @@ def test_memory(deep_model: Path, tmp_path: Path, zero_stage: int, dp_size: int)
     peak = reader.recv()
     process.join()
     print(f"peak {peak / 1e6:.1f} MB, largest weight {max(sizes) / 1e6:.1f} MB, model {sum(sizes) / 1e6:.1f} MB")
-    assert peak < 6 * max(sizes)
-    assert process.exitcode == 0
-    weights = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")
-    whole = meta_model(AutoConfig.from_pretrained(deep_model))
-    sharded = planned_shapes(whole, 2)
-    for i, (name, parameter) in enumerate(whole.named_parameters()):
-        shards = [torch.full(sharded[name], float(i + tp_rank)) for tp_rank in range(2)]
-        assert torch.equal(weights[name], merge(name, shards, parameter.shape, torch.float32)), name
+    assert process.exitcode == 0 and peak < 4 * max(sizes)
+    exported = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")
+    shards = [fabricated(planned_shapes(whole, tp_size=2), tp_rank) for tp_rank in range(2)]
+    for name, parameter in whole.named_parameters():
+        merged = merge(name, [shard[name] for shard in shards], parameter.shape, torch.float32)
+        assert torch.equal(exported[name], merged), name
 
 
 def test_several_files(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,13 +338,12 @@ STATES, MASTERS = "zero_pp_rank_0_mp_rank_01_model_states.pt", "zero_pp_rank_1_m
         ("", shutil.rmtree, "is no checkpoint: it has no folder step_"),
     ],
 )
-def test_damaged_checkpoint(checkpoint: Path, file: str, damage: Callable, message: str) -> None:
+def test_damaged_checkpoint(checkpoint: Path, tiny_model: Callable, file: str, damage: Callable, message: str) -> None:
     """One line that names the file; the older export stays, and nothing comes beside it."""
     damage(checkpoint_tag(checkpoint) / file)
     before = hashes(checkpoint.parent)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        export_checkpoint(checkpoint, Config(**json.loads((checkpoint.parent / "config.json").read_text())).model_name,
-                          checkpoint.parent / "export")  # fmt: skip
+        export_checkpoint(checkpoint, str(tiny_model("llama")), checkpoint.parent / "export")
     text = str(caught.value)
     assert message in text and (file or checkpoint.name) in text and "\n" not in text
     assert isinstance(caught.value, FileNotFoundError) == (damage in (Path.unlink, shutil.rmtree))
@@ -356,7 +360,7 @@ def test_the_code_is_code(tmp_path: Path) -> None:
 
 def test_failure_while_writing(checkpoint: Path, tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     before = hashes(checkpoint.parent)
-    with pytest.raises(ValueError, match="layers.0.self_attn.q_norm.weight is not in the checkpoint"):
+    with pytest.raises(ValueError, match=r"q_norm\.weight is not in the checkpoint"):
         export_checkpoint(checkpoint, str(tiny_model("qwen3")), checkpoint.parent / "export")
 
     def full(*args: Any) -> None:
@@ -405,7 +409,7 @@ def test_command_line_mistakes(checkpoint: Path) -> None:
         ([checkpoint, "--model", "./nowhere"], "model_name = './nowhere': its config can't be loaded"),
         ([checkpoint, "--output", checkpoint.parent], "holds something other than an export"),
     ]:
-        with pytest.raises(SystemExit, match="^error: .*") as caught:
+        with pytest.raises(SystemExit, match=r"^error: ") as caught:
             main([str(argument) for argument in arguments])
         assert message in caught.value.code and "\n" not in caught.value.code
     for text in ("", "{}", "[]"):

@@ -1,9 +1,8 @@
-"""The watchdog ends a hang and names its cause, the lock keeps a second run out: with real processes, killed and frozen."""
+"""The watchdog ends a hang and names its cause, the lock keeps a second run out: with processes killed and frozen."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -15,11 +14,9 @@ import pytest
 from grid import fork_context
 
 from tp2d_helpers.config import Config, ConfigError, make_config
-from tp2d_helpers.display import Tail
 from tp2d_helpers.guard import Watchdog, lock_run, name_ranks, read_json, write_json
-from tp2d_helpers.metrics import append, keep_until
 
-PATIENCE = 2.0  # seconds
+PATIENCE = 3.0  # seconds
 WORLD = 3
 LIMIT = 30  # seconds that anything here may take
 
@@ -78,13 +75,13 @@ def exit_codes(processes: list[Any]) -> list[int | None]:
 
 
 def test_a_late_rank_is_named(tmp_path: Path) -> None:
-    began = time.time()
     with world(tmp_path, sleeper=1, stops_at=2) as processes:
         assert exit_codes(processes) == [1, 1, 1]
     stall = read_json(tmp_path / "stalled.json")
-    expected = "no progress for 2 s: rank 1 is still in 'batch of step 2'; ranks 0, 2 wait in 'step 2'"
+    expected = "no progress for 3 s: rank 1 is still in 'batch of step 2'; ranks 0, 2 wait in 'step 2'"
     assert stall["message"] == expected and stall["ranks"] == [1]
-    assert began + PATIENCE < stall["time"] < began + 4 * PATIENCE + 2
+    waited = stall["time"] - (tmp_path / "arrived_2_0").stat().st_mtime
+    assert 0.8 * PATIENCE < waited < 3 * PATIENCE
     assert [path.name for path in tmp_path.glob("**/.*")] == [], "scratch files are left"
 
 
@@ -118,12 +115,12 @@ def test_all_ranks_hang_in_a_collective(tmp_path: Path, capfd: pytest.CaptureFix
     with world(tmp_path, stops_at=2) as processes:
         assert exit_codes(processes) == [1, 1, 1]
     message = read_json(tmp_path / "stalled.json")["message"]
-    assert message.startswith("no progress for 2 s: ranks 0, 1, 2 wait in 'step 2'; ") and "on any rank" in message
+    assert message.startswith("no progress for 3 s: ranks 0, 1, 2 wait in 'step 2'; ") and "on any rank" in message
 
 
 def test_a_slow_run_goes_on(tmp_path: Path) -> None:
-    """Each step takes 0.3 s of a patience of 1 s, the run three times that patience."""
-    with world(tmp_path, steps=10, seconds=1.0) as processes:
+    """A step takes a tenth of the patience, the run more than all of it."""
+    with world(tmp_path, steps=14) as processes:
         assert exit_codes(processes) == [0, 0, 0]
     assert not (tmp_path / "stalled.json").exists()
 
@@ -152,7 +149,7 @@ def test_heartbeats_of_an_earlier_attempt_do_not_count(tmp_path: Path, missing: 
             assert exit_codes(processes) == [1, 1, 1]
         expected, ranks = "rank 2 is still in 'batch of step 1'; ranks 0, 1 wait in 'step 1'", [2]
     stall = read_json(tmp_path / "stalled.json")
-    assert (stall["message"], stall["ranks"]) == (f"no progress for 2 s: {expected}", ranks)
+    assert (stall["message"], stall["ranks"]) == (f"no progress for 3 s: {expected}", ranks)
 
 
 def test_long_lists_of_ranks_are_cut() -> None:
@@ -201,27 +198,3 @@ def test_a_process_may_launch_again(config: Config) -> None:
         assert not (config.run_dir / ".lock.json").exists()
     with lock_run(config), pytest.raises(ConfigError, match=f"pid {os.getpid()}"), lock_run(config):
         pass
-
-
-def test_the_tail_of_a_file_that_is_replaced(tmp_path: Path) -> None:
-    """No line twice, none lost: a growing file, a half-written line, and what a restarted run makes of it."""
-    path = tmp_path / "metrics.jsonl"
-    tail = Tail(path)
-
-    def new() -> list[int]:
-        return [record["step"] for record in tail.read()]
-
-    assert new() == []
-    append(path, [{"step": 1}, {"step": 2}])
-    assert new() == [1, 2] and new() == []
-    append(path, [{"step": 3}])
-    with open(path, "a") as file:
-        file.write(json.dumps({"step": 4})[:5])
-    assert new() == [3] and new() == []
-    keep_until(path, 1)
-    append(path, [{"step": 2}, {"step": 3}, {"step": 4}, {"step": 5}])  # longer than it was before
-    assert new() == [1, 2, 3, 4, 5] and new() == []
-    path.write_text("")
-    assert new() == []
-    append(path, [{"step": 6}])
-    assert new() == [6]

@@ -1,4 +1,4 @@
-"""The notebook's launch on a Ray cluster of two nodes, and what the Ray that `connect` starts here opens to the network.
+"""The notebook's launch on a Ray cluster of two nodes, and what the Ray that `connect` starts opens to the network.
 
 The two nodes are on this machine, with addresses and, where the system permits it, folders of their own: the second
 one sees neither the driver's cache nor what is in `own`. The driver is a process of its own, in a folder from which the
@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -62,7 +61,7 @@ found["left"] = os.listdir(own) + [os.path.exists(storage)]
 across = make_config(**{**settings, "tp_size": 4, "dp_size": 1}, storage_path=storage, experiment_name="across")
 found["across"] = preflight(across).rows
 
-names = notebook_definitions("imports", "train-func", "launch-function")
+names = notebook_definitions("imports", "train-step", "train-func", "launch-function")
 
 
 def log_to_file(run_dir, rank, log=names["log_to_file"]):
@@ -245,19 +244,22 @@ def test_no_secret_is_left(run: SimpleNamespace) -> None:
     assert not [name for name, secret in SECRETS.items() if secret in run.output]
 
 
-class Member:
-    """A worker with a process group, as Ray Train makes it."""
+def member() -> type:
+    """The class of a worker with a process group as Ray Train makes it; local, so that it travels whole."""
 
-    def rendezvous(self) -> tuple[str, int]:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    class Member:
+        def rendezvous(self) -> tuple[str, int]:
+            with socket.socket() as probe:
+                probe.bind(("", 0))
+                return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def join(self, rank: int, address: str, port: int) -> None:
-        import torch.distributed as dist
+        def join(self, rank: int, address: str, port: int) -> None:
+            import torch.distributed as dist
 
-        dist.init_process_group("gloo", f"tcp://{address}:{port}", rank=rank, world_size=2)
-        dist.barrier()
+            dist.init_process_group("gloo", f"tcp://{address}:{port}", rank=rank, world_size=2)
+            dist.barrier()
+
+    return Member
 
 
 def test_ray_of_this_machine_listens_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +268,7 @@ def test_ray_of_this_machine_listens_on_loopback(tmp_path: Path, monkeypatch: py
     try:
         plan = preflight(config)
         assert "nodes" not in [what for what, *_ in plan.rows]
-        remote = ray.remote(num_cpus=0.5, runtime_env=plan.worker_runtime_env)(Member)
+        remote = ray.remote(num_cpus=0.5, runtime_env=plan.worker_runtime_env)(member())
         members = [remote.remote() for _ in range(2)]
         address, port = ray.get(members[0].rendezvous.remote(), timeout=60)
         ray.get([member.join.remote(rank, address, port) for rank, member in enumerate(members)], timeout=60)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -27,6 +28,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.utils._pytree import tree_map_only
 
 from tp2d_helpers import run_folder
+from tp2d_helpers.config import reason
 from tp2d_helpers.resize import UNIVERSAL, safe_loading, universal_checkpoint
 
 
@@ -191,8 +193,11 @@ def load_checkpoint(
         return Progress()
     engine.checkpoint_engine = CheckpointWriter()
     engine._config.load_universal_checkpoint = tag == UNIVERSAL
-    with safe_loading():
-        path, state = engine.load_checkpoint(str(folder), tag=tag)
+    try:
+        with safe_loading():
+            path, state = engine.load_checkpoint(str(folder), tag=tag)
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
     engine._config.load_universal_checkpoint = False
     if path is None:
         raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")

@@ -172,7 +172,7 @@ def _stage3_shards(tag: Path, tp_rank: int, states: dict[str, Any]) -> dict[str,
     """Every flattened weight is cut into one equal piece per DP rank, the last one padded. A DP rank's file has its
     pieces, fp32, end to end in the order of `param_shapes`, as a list of tensors: one per ZeRO sub-group.
     """
-    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
+    shapes = {name: torch.Size(shape) for group in states["param_shapes"] for name, shape in group.items()}
     sizes = {name: -(-shape.numel() // states["dp_world_size"]) for name, shape in shapes.items()}
     pieces: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
     for dp_rank in range(states["dp_world_size"]):

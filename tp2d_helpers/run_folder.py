@@ -53,10 +53,11 @@ def continue_run(config: Config) -> Config:
     if not found:
         return config
     then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
-    if 0 in (then.zero_stage, config.zero_stage) and any(found[name] != now[name] for name in GRID):
+    stages = {then.zero_stage, config.zero_stage}
+    if any(found[name] != now[name] for name in GRID) and not (stages <= {1, 2} or stages == {3}):
         raise ConfigError(
-            f"zero_stage = {config.zero_stage}: the run was made with {then.tp_size} × {then.dp_size} at stage "
-            f"{then.zero_stage}; it can go on at another grid or stage only between the stages 1, 2 and 3"
+            f"zero_stage = {config.zero_stage}: the run was made with stage {then.zero_stage} on {then.tp_size} × "
+            f"{then.dp_size}; another grid needs stage 3 then and now, or stages 1 or 2 then and now"
         )
     return fit_global_batch(config, then.global_batch_size)
 
