@@ -77,3 +77,20 @@ def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         )
 
     return run
+
+
+OUTCOMES: list[tuple[str, str, str]] = []
+
+
+@pytest.fixture(scope="session")
+def outcomes() -> list[tuple[str, str, str]]:
+    """Rows (fault, what became of the run, time to recover), printed as a table at the end of the tests."""
+    return OUTCOMES
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the table of faults."""
+    if OUTCOMES:
+        terminalreporter.section("faults")
+        for row in [("fault", "outcome", "recovery"), ("---", "---", "---"), *OUTCOMES]:
+            terminalreporter.write_line("| " + " | ".join(row) + " |")

@@ -31,6 +31,8 @@ from ray.train import CheckpointUploadMode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tp_autotp.ipynb"
+TRAIN = ("imports", "train-step", "train-func")  # the tags of what a worker runs
+LAUNCH = (*TRAIN, "launch-function")
 TIMEOUT = 300  # seconds for one run; a hang is a failure
 # With what would be imported late in every process: DeepSpeed's optimizers bring a compiler along (1.5 s of CPU time).
 PRELOAD = ["tp2d_helpers.preflight", "tp2d_helpers.metrics", "tp2d_helpers.checkpoint", "ray.train.torch", "ray.tune",
@@ -138,7 +140,7 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
 
         torch.set_num_threads(1)
         LocalTrainFnUtils.report = _upload
-        names = notebook_definitions("imports", "train-step", "train-func")
+        names = notebook_definitions(*TRAIN)
         kept: dict[str, Any] = {}
         setup = names["setup_model_with_autotp"]
 

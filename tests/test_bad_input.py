@@ -29,6 +29,7 @@ from tp2d_helpers import engine, preflight
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
 from tp2d_helpers.metrics import read_metrics
+from tp2d_helpers.run_folder import continue_run, record_run
 
 SMALL = dict(model_name="demo", dataset_name="demo", use_gpu=False, tp_size=1, dp_size=1, seq_length=64)
 
@@ -483,14 +484,15 @@ def test_storage_that_cannot_be_written(refused: Callable[..., None], tmp_path: 
 
 
 @pytest.mark.parametrize("change", [
-    dict(seed=7), dict(model_name="another"), dict(tp_size=4, dp_size=1), dict(seq_length=32, packing=False),
+    dict(seed=7), dict(model_name="another"), dict(dataset_name="demo"), dict(seq_length=32, packing=False),
+    dict(eval_samples=3), dict(master_weights="bf16"),
 ])  # fmt: skip
 def test_another_run_in_the_folder(tmp_path: Path, change: dict[str, Any]) -> None:
     first = make_config(storage_path=str(tmp_path), experiment_name="first")
     record_run(first)
     before = (first.run_dir / "config.json").read_text()
     with pytest.raises(ConfigError) as error:
-        record_run(first.change(**change, num_epochs=2))
+        continue_run(first.change(**change, num_epochs=2))
     for name, value in change.items():
         assert f"{name}: {getattr(first, name)!r} then, {value!r} now" in str(error.value)
     assert "num_epochs" not in str(error.value) and "another experiment_name" in str(error.value)
@@ -508,8 +510,37 @@ def test_another_run_is_refused_by_preflight(cluster: dict[str, float], actors: 
 def test_the_same_run_continues(tmp_path: Path) -> None:
     first = make_config(storage_path=str(tmp_path), experiment_name="first")
     record_run(first)
-    record_run(first.change(num_epochs=3, log_interval=1, max_failures=0))
+    found = json.loads((first.run_dir / "config.json").read_text())
+    longer = first.change(num_epochs=3, log_interval=1, max_failures=0)
+    assert continue_run(longer) == longer
+    record_run(longer)
+    assert json.loads((first.run_dir / "config.json").read_text())["run_id"] == found["run_id"]
     assert json.loads((first.run_dir / "config.json").read_text())["num_epochs"] == 3
+
+
+def test_another_grid_keeps_the_global_batch(tmp_path: Path) -> None:
+    first = make_config(storage_path=str(tmp_path), experiment_name="first", batch_size_per_gpu=2, dp_size=2)
+    record_run(first)
+    assert continue_run(first.change(tp_size=4, dp_size=1)).gradient_accumulation_steps == 2
+    assert continue_run(first.change(dp_size=4, batch_size_per_gpu=1, gradient_accumulation_steps=9)) == first.change(
+        dp_size=4, batch_size_per_gpu=1
+    )
+    with pytest.raises(ConfigError, match=r"batch_size_per_gpu × dp_size = 2 × 3: must divide .* global batch of 4"):
+        continue_run(first.change(dp_size=3))
+    assert continue_run(first.change(zero_stage=2)).zero_stage == 2
+    for stage in (0, 3):
+        with pytest.raises(ConfigError, match=rf"zero_stage = {stage}: the run was made with stage 1 on 2 × 2"):
+            continue_run(first.change(zero_stage=stage))
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(keep_checkpoints_by="eval_loss"), "keep_checkpoints_by = 'eval_loss': nothing is evaluated"),
+    (dict(eval_interval=5), "eval_interval = 5: eval_samples is 0"),
+    (dict(min_dp_size=2), "min_dp_size = 2: must not be above dp_size, which is 1"),
+    (dict(eval_samples=10**6), "1000000 of them held out"),
+])  # fmt: skip
+def test_settings_that_contradict_each_other(refused: Callable[..., None], settings: dict, message: str) -> None:
+    refused(message, **settings)
 
 
 # What preflight settles

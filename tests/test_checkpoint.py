@@ -10,11 +10,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from grid import Run, final_weights, run_grid
+from ray.train import CheckpointConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from tp2d_helpers.checkpoint import CheckpointWriter, host_copy
 from tp2d_helpers.config import Config
@@ -229,10 +231,17 @@ def test_another_runs_checkpoint_is_refused(train: Train, tmp_path: Path) -> Non
 
 def test_host_copy_keeps_what_is_shared() -> None:
     flat = torch.arange(10.0)
-    state = {"flat": flat, "views": [flat[2:6].view(2, 2), flat[::3]], "other": torch.ones(2), "number": 3}
+    state = {
+        "flat": flat,
+        "views": [flat[2:6].view(2, 2), flat[::3]],
+        "other": torch.ones(2),
+        "number": 3,
+        "shape": torch.Size([2]),
+    }
     copy = host_copy(state)
     flat.zero_()
     assert copy["flat"].tolist() == list(range(10)) and copy["number"] == 3
+    assert isinstance(copy["shape"], torch.Size)
     assert copy["views"][0].tolist() == [[2, 3], [4, 5]] and copy["views"][1].tolist() == [0, 3, 6, 9]
     assert copy["views"][0].untyped_storage().data_ptr() == copy["flat"].untyped_storage().data_ptr()
     assert copy["other"].untyped_storage().data_ptr() != state["other"].untyped_storage().data_ptr()
@@ -245,23 +254,27 @@ def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path) -> None:
         writer.begin(tmp_path / "second", copy=True, timeout=0.1)
 
 
-def snapshot(*steps: int) -> dict[str, Any]:
-    results = [{"checkpoint_dir_name": f"checkpoint_{step:08d}", "metrics": {"step": step}} for step in steps]
-    return dict(checkpoint_results=results, checkpoint_report_indices=list(range(len(steps))),
-                latest_checkpoint_result=results[-1], ray_version="2.60.0")  # fmt: skip
-
-
-@pytest.mark.parametrize("steps, kept", [((4, 8), (4,)), ((8, 4), (4,)), ((4, 6), (4, 6)), ((8,), ())])
-def test_rays_list_loses_what_is_not_complete(train: Train, tmp_path: Path, steps: tuple, kept: tuple) -> None:
-    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
-    config = copy_until(whole, tmp_path, step=8, logged=9)
-    shutil.rmtree(config.run_dir / "checkpoint_00000008")
+def test_rays_list_is_mended(train: Train, tmp_path: Path) -> None:
+    """Its own manager then reads it: what is complete, the newest as the latest, the best kept."""
+    config = copy_until(train("qwen2-tied", **LIFE, tp_size=1, dp_size=2), tmp_path, step=8, logged=9)
+    shutil.rmtree(config.run_dir / "checkpoint_00000006")
+    storage = StorageContext(storage_path=config.storage_path, experiment_dir_name=config.experiment_name)
     path = config.run_dir / "checkpoint_manager_snapshot.json"
-    path.write_text(json.dumps(snapshot(*steps)))
-    mend_ray_snapshot(config.run_dir)
-    state = json.loads(path.read_text())
-    assert [result["metrics"]["step"] for result in state["checkpoint_results"]] == list(kept)
-    assert (state["latest_checkpoint_result"] or {}).get("metrics") == (dict(step=kept[-1]) if kept else None)
-    path.write_text('{"ray_version": "2.60.0", "checkp')
-    mend_ray_snapshot(config.run_dir)
-    assert not path.exists()
+    for written in (None, '{"ray_version": "2.60.0", "checkp', '{"ray_version": "1.0", "checkpoint_results": []}'):
+        if written:
+            path.write_text(written)
+        mend_ray_snapshot(config)
+        manager = CheckpointManager(CheckpointConfig(num_to_keep=2), storage)
+        assert [Path(r.checkpoint.path).name for r in manager._checkpoint_results] == [
+            "checkpoint_00000004",
+            "checkpoint_00000008",
+        ]
+        assert manager.latest_checkpoint_result.metrics["step"] == 8
+    stamp = path.stat().st_mtime_ns
+    mend_ray_snapshot(config)
+    assert path.stat().st_mtime_ns == stamp, "what is right is left alone"
+    shutil.rmtree(config.run_dir / "checkpoint_00000004")
+    best_first = config.change(keep_checkpoints_by="eval_loss")
+    mend_ray_snapshot(best_first)
+    manager = CheckpointManager(CheckpointConfig(2, "eval_loss", "min"), storage)
+    assert [r.metrics["step"] for r in manager._checkpoint_results] == [8]

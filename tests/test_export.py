@@ -244,7 +244,7 @@ def test_memory(deep_model: Path, tmp_path: Path, zero_stage: int, dp_size: int)
     peak = reader.recv()
     process.join()
     print(f"peak {peak / 1e6:.1f} MB, largest weight {max(sizes) / 1e6:.1f} MB, model {sum(sizes) / 1e6:.1f} MB")
-    assert process.exitcode == 0 and peak < 4 * max(sizes)
+    assert process.exitcode == 0 and peak < 6 * max(sizes)
     exported = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")
     shards = [fabricated(planned_shapes(whole, tp_size=2), tp_rank) for tp_rank in range(2)]
     for name, parameter in whole.named_parameters():

@@ -149,13 +149,10 @@ def test_an_interrupt_before_any_checkpoint(config: Config) -> None:
     """Python's own KeyboardInterrupt, and the SystemExit that Ray Train makes of it. Ctrl-C works again afterwards."""
     handler = signal.getsignal(signal.SIGINT)
     for error in (KeyboardInterrupt, SystemExit(0)):
-        with (
-            pytest.raises(KeyboardInterrupt, match="after step 0 of 9;(.|\n)* begins anew") as caught,
-            follow(config, 9),
-        ):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with pytest.raises(TrainingInterrupted, match="after step 0 of 9") as caught, follow(config, 9):
+            signal.signal(signal.SIGINT, lambda *_: None)
             raise error
-        assert isinstance(caught.value, TrainingInterrupted)
+        assert isinstance(caught.value, KeyboardInterrupt) and "begins anew" in str(caught.value)
         assert signal.getsignal(signal.SIGINT) is handler
 
 

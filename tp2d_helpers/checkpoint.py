@@ -112,7 +112,8 @@ def host_copy(state: Any) -> Any:
         empty = torch.empty(0, dtype=tensor.dtype)
         return empty.set_(copies[storage.data_ptr()], tensor.storage_offset(), tensor.size(), tensor.stride())
 
-    return tree_map_only(torch.Tensor, copy, state)
+    # A torch.Size is a tuple, and would become a plain one.
+    return tree_map_only(torch.Tensor, copy, state, is_leaf=lambda part: isinstance(part, torch.Size))
 
 
 def save_checkpoint(
@@ -155,13 +156,13 @@ def save_checkpoint(
     state = {**dataclasses.asdict(progress), "loss_scaler": scaler}
     engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=state)
     writer.save(_random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
-    facts = {"step": step, "world_size": dist.get_world_size(), **_grid(engine)}
+    metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
+    facts = {"step": step, "world_size": dist.get_world_size(), **_grid(engine), "metrics": metrics}
 
     def upload(checkpoint: Checkpoint, _: str) -> Checkpoint:
         writer.write(**facts)
         return checkpoint
 
-    metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
     ray.train.report(
         metrics,
         checkpoint=Checkpoint.from_directory(folder),
@@ -233,11 +234,11 @@ def _on_rank_0(function: Any) -> Any:
 
 
 def _new_folder(run_dir: Path, step: int) -> Path:
-    """An empty folder for a checkpoint. One that was declared complete is never written into again."""
+    """An empty folder for a checkpoint. One that all ranks have finished is never written into again."""
 
     def choose() -> Path:
         folder, count = run_dir / f"checkpoint_{step:08d}", 1
-        while (folder / "rank_0.json").exists():
+        while run_folder.is_finished(folder):
             count += 1
             folder = run_dir / f"checkpoint_{step:08d}_{count}"
         shutil.rmtree(folder, ignore_errors=True)

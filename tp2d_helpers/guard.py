@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from tp2d_helpers.config import Config, ConfigError
 
 MOST_NAMED = 8  # ranks, in one message
+_HELD: list[FileLock] = []  # until the process ends
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # what a file system without locks answers
 
 
@@ -214,3 +215,21 @@ def lock_run(config: Config) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def claim_run(run_dir: str | Path, rank: int, seconds: float = 120) -> None:
+    """Hold the run's folder as its writer: called by every worker, done by rank 0, until its process ends.
+
+    `lock_run` ends with the driver, and the workers of a driver that was killed may outlive it by some seconds. The new
+    ones wait for that.
+
+    Raises:
+        RuntimeError: if the others are still there after `seconds`.
+    """
+    if rank == 0:
+        lock = FileLock(Path(run_dir) / ".writer.lock", timeout=seconds)
+        try:
+            _HELD.append(lock)
+            lock.acquire()
+        except Timeout:
+            raise RuntimeError(f"workers of an earlier launch still write to {run_dir} after {seconds:g} s") from None

@@ -128,7 +128,7 @@ def check_checkpoints(config: Config, given: Config) -> list[tuple[str, str, str
     """
     run_dir, found = config.run_dir, recorded(config.run_dir)
     with lock_run(config):
-        mend_ray_snapshot(run_dir)
+        mend_ray_snapshot(config)
     newest, skipped = newest_checkpoint(run_dir)
     if not found or not (newest or skipped):
         return []

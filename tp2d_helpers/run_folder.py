@@ -7,10 +7,13 @@ off, or that lost a file since, is told from a good one without opening it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from tp2d_helpers.config import Config, ConfigError, make_config
 
@@ -82,7 +85,7 @@ def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any)
 
     Args:
         files: size in bytes of each file that the rank wrote, by its path in the folder.
-        facts: `world_size`, `step` and the grid, the same on all ranks.
+        facts: `step`, `world_size`, the grid and the metrics, the same on all ranks.
     """
     run_id = recorded(folder.parent).get("run_id")
     _write(folder / f"rank_{rank}.json", {**facts, "run_id": run_id, "files": files})
@@ -91,6 +94,13 @@ def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any)
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of rank 0: the grid that wrote the checkpoint, its step, the run's id."""
     return json.loads((folder / "rank_0.json").read_text())
+
+
+def is_finished(folder: Path) -> bool:
+    """True if all ranks have written their manifests, whatever has become of the files since."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return all((folder / f"rank_{rank}.json").exists() for rank in range(read_manifest(folder)["world_size"]))
+    return False
 
 
 def problem_of(folder: Path) -> str | None:
@@ -141,24 +151,30 @@ def check_origin(folder: Path, trusted: bool) -> None:
         )
 
 
-def mend_ray_snapshot(run_dir: Path) -> None:
-    """Take out of Ray Train's list of checkpoints those that are not complete: it would stop at the first of them."""
-    path = run_dir / RAY_SNAPSHOT
-    try:
+def mend_ray_snapshot(config: Config) -> None:
+    """Make Ray Train's list of checkpoints name those that are complete, if it doesn't.
+
+    Ray would stop at one that is gone, at a list that was cut off or that another version wrote, and it would never
+    delete one that was complete but not yet on its list when the run was killed.
+    """
+    path = config.run_dir / RAY_SNAPSHOT
+    complete = [folder for folder in reversed(checkpoints(config.run_dir)) if problem_of(folder) is None]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         state = json.loads(path.read_text())
-        results, indices = state["checkpoint_results"], state["checkpoint_report_indices"]
-        whole = [problem_of(run_dir / result["checkpoint_dir_name"]) is None for result in results]
-        if all(whole):
+        listed = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
+        if state["ray_version"] == ray.__version__ and listed == {folder.name for folder in complete}:
             return
-        kept = [(result, index) for result, index, good in zip(results, indices, whole, strict=True) if good]
-        state["checkpoint_results"] = [result for result, _ in kept]
-        state["checkpoint_report_indices"] = [index for _, index in kept]
-        state["latest_checkpoint_result"] = max(kept, key=lambda pair: pair[1])[0] if kept else None
-        _write(path, state)
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):  # cut off while it was written: Ray starts a new list
-        path.unlink()
+    metrics = {folder.name: read_manifest(folder)["metrics"] for folder in complete}
+    order = {name: index for index, name in enumerate(metrics)}
+    if config.keep_checkpoints_by != "newest":  # Ray keeps the last of its list
+        order = dict(sorted(order.items(), key=lambda item: -metrics[item[0]][config.keep_checkpoints_by]))
+    results = [{"checkpoint_dir_name": name, "metrics": metrics[name]} for name in order]
+    latest = {"checkpoint_dir_name": complete[-1].name, "metrics": metrics[complete[-1].name]} if complete else None
+    lists = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names",
+             "timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")  # fmt: skip
+    _write(path, {"ray_version": ray.__version__, "checkpoint_results": results,
+                  "checkpoint_report_indices": list(order.values()), "latest_checkpoint_result": latest,
+                  "current_report_index": len(results), **{name: [] for name in lists}})  # fmt: skip
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

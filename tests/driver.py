@@ -1,0 +1,17 @@
+"""Launch the notebook's run in a process that can be killed: `python driver.py '<settings as JSON>'`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from grid import LAUNCH, notebook_definitions
+
+from tp2d_helpers.config import make_config
+from tp2d_helpers.preflight import preflight
+
+if __name__ == "__main__":
+    notebook_definitions(*LAUNCH)["launch"](preflight(make_config(**json.loads(sys.argv[1]))))
