@@ -7,6 +7,7 @@ run that was left alone, bit for bit. That one is trained by `run_grid`, without
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import psutil
 import pytest
 import ray
 import torch
-from grid import LAUNCH, final_weights, notebook_definitions, run_grid
+from grid import IMPORT_PATH, LAUNCH, final_weights, notebook_definitions, run_grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tp2d_helpers.config import make_config
@@ -111,7 +112,8 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     disturbed = make_config(**settings, experiment_name="disturbed")
     with open(folder / "driver.log", "wb") as log:
         command = [sys.executable, str(Path(__file__).with_name("driver.py")), json.dumps(disturbed.model_dump())]
-        driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
+        environment = os.environ | {"PYTHONPATH": IMPORT_PATH}
+        driver = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=environment)
         faults = Faults(disturbed.run_dir, driver)
         faults.start()
         faults.join()

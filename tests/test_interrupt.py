@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
-from grid import NOTEBOOK
+from grid import LAUNCH, NOTEBOOK
 from jupyter_client import BlockingKernelClient, KernelManager
 
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.display import Tail, TrainingFailed, TrainingInterrupted, follow
 from tp2d_helpers.guard import write_json
 from tp2d_helpers.metrics import append, keep_until, read_metrics
+from tp2d_helpers.run_folder import newest_checkpoint
 
 SETTINGS = """
 from tp2d_helpers.config import make_config
@@ -104,8 +105,8 @@ def kernel() -> Iterator[Kernel]:
     kernel = Kernel()
     try:
         cells = nbformat.read(NOTEBOOK, as_version=4).cells
-        tags = {"imports", "train-func", "launch-function"}
-        answer = kernel.run("\n".join(cell.source for cell in cells if tags & {*cell.metadata.get("tags", [])}), 120)
+        tagged = [cell.source for cell in cells if {*LAUNCH} & {*cell.metadata.get("tags", [])}]
+        answer = kernel.run("\n".join(tagged), 120)
         assert answer.status == "ok", answer.shown
         yield kernel
     finally:
@@ -118,22 +119,25 @@ def test_an_interrupted_launch(kernel: Kernel, tmp_path: Path) -> None:
     answer = kernel.run(SETTINGS.format(storage=str(tmp_path)), 120)
     assert answer.status == "ok", answer.shown
     cell, following = kernel.start("result = launch(plan)"), kernel.start("print('as in Run All')")
-    wait_until(lambda: len(read_metrics(metrics)) >= 7, 120)
+    ended = kernel.client.shell_channel.msg_ready
+    wait_until(lambda: ended() or (len(read_metrics(metrics)) >= 7 and newest_checkpoint(metrics.parent)[0]), 240)
+    assert not ended(), kernel.finish(cell, 20).shown
     assert len(kernel.workers()) == 2
     kernel.manager.interrupt_kernel()
     answer = kernel.finish(cell, 20)
     wait_until(lambda: not kernel.workers(), 20)
 
     done = len(read_metrics(metrics))
+    checkpoint = newest_checkpoint(metrics.parent)[0].name
     assert answer.status == "error" and answer.shown == (
         f"TrainingInterrupted: interrupted after step {done} of 500; the workers are stopped.\n"
-        "A launch with experiment_name = 'stopped' continues from the newest complete checkpoint."
+        f"A launch with experiment_name = 'stopped' continues from {checkpoint}."
     )
     assert len(answer.printed.splitlines()) <= 1 + done, answer.printed
     assert kernel.finish(following, 20).status == "aborted"
     assert kernel.run("1 + 1").printed == "2"
 
-    more = kernel.run(f"result = launch(preflight(plan.config.change(debug_steps={done + 3})))", 120)
+    more = kernel.run(f"result = launch(preflight(plan.config.change(debug_steps={done + 3})))", 240)
     assert more.status == "ok", more.shown
     assert f"steps {done + 1} to {done + 3};" in more.printed and f"step {done + 3}/{done + 3}  epoch 0" in more.printed
     assert [record["step"] for record in read_metrics(metrics)] == list(range(1, done + 4))

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import ray
 from grid import ROOT, run_grid
 
 from tp2d_helpers import cluster as ray_cluster
-from tp2d_helpers.config import make_config
+from tp2d_helpers.config import Config, make_config
 from tp2d_helpers.demo import demo_model
 from tp2d_helpers.metrics import read_metrics
 from tp2d_helpers.preflight import preflight
@@ -92,15 +91,14 @@ def start_node(*arguments: str, environment: dict[str, str], hidden: list[Path])
 
 
 def stop(node: subprocess.Popen) -> None:
-    """End a node and all of its processes, those that Ray puts into groups of their own included."""
+    """Kill a node and all of its processes, those that Ray puts into sessions of their own included."""
     processes = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
-    node.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        node.wait(20)
-    for process in [*processes, node]:
+    for process in [node, *processes]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     node.wait(20)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
 
 
 def free_port() -> int:
@@ -174,9 +172,10 @@ def run(folder: Path, can_hide: bool) -> Iterator[SimpleNamespace]:
 
 def test_two_nodes_train_as_one_machine(run: SimpleNamespace) -> None:
     assert run.found["error"] == "None"
-    twin = make_config(**SETTINGS, storage_path=str(run.dir.parent), experiment_name="twin")
-    config = json.loads((run.dir / "config.json").read_text())
-    run_grid({**config, "experiment_name": "twin"})
+    recorded = json.loads((run.dir / "config.json").read_text())
+    settled = {name: value for name, value in recorded.items() if name in Config.model_fields}
+    twin = make_config(**settled).change(experiment_name="twin")
+    run_grid(twin.model_dump())
     now, then = (read_metrics(path / "metrics.jsonl") for path in (run.dir, twin.run_dir))
     assert [record["step"] for record in then] == [1, 2, 3, 4]
     assert list(run.dir.glob("checkpoint_00000004/**/*.pt"))
@@ -266,7 +265,7 @@ def member() -> type:
 
 def test_ray_of_this_machine_listens_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = make_config(**SETTINGS | {"dp_size": 1}, storage_path=str(tmp_path))
+    config, others = make_config(**SETTINGS | {"dp_size": 1}, storage_path=str(tmp_path)), family()
     try:
         plan = preflight(config)
         assert "nodes" not in [what for what, *_ in plan.rows]
@@ -274,7 +273,7 @@ def test_ray_of_this_machine_listens_on_loopback(tmp_path: Path, monkeypatch: py
         members = [remote.remote() for _ in range(2)]
         address, port = ray.get(members[0].rendezvous.remote(), timeout=60)
         ray.get([member.join.remote(rank, address, port) for rank, member in enumerate(members)], timeout=60)
-        processes = {process.pid for process in psutil.Process().children(recursive=True)} | {os.getpid()}
+        processes = family() - others | {os.getpid()}
         listening = [
             connection for connection in psutil.net_connections("inet")
             if connection.pid in processes and connection.status == psutil.CONN_LISTEN
@@ -286,6 +285,11 @@ def test_ray_of_this_machine_listens_on_loopback(tmp_path: Path, monkeypatch: py
         assert plan.worker_runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] == "lo"
     finally:
         ray.shutdown()
+
+
+def family() -> set[int]:
+    """The processes that this one started, and theirs."""
+    return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 def is_loopback(address: str) -> bool:

@@ -168,6 +168,7 @@ def save_checkpoint(
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC if background else CheckpointUploadMode.SYNC,
         checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=False,  # it is the uploaded one
     )
 
 

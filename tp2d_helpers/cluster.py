@@ -27,7 +27,7 @@ from tp2d_helpers.planner import tp_bytes
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
 PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
 ANSWER_SECONDS = 30  # for a node to start a process and look at the storage
-SIGHT_SECONDS = 5  # for a file to appear on another node of a network storage
+SIGHT_SECONDS = 3  # for a file to appear on another node of a network storage
 
 
 def connect() -> dict[str, float]:
@@ -54,7 +54,8 @@ def connect() -> dict[str, float]:
                 raise
             raise ConfigError(
                 f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
-                "start one, or unset RAY_ADDRESS to use this machine alone"
+                "start one, or unset RAY_ADDRESS to use this machine alone. "
+                "One that asks for a token needs RAY_AUTH_MODE=token and the token here, too."
             ) from error
     return ray.cluster_resources()
 

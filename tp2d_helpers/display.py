@@ -30,6 +30,7 @@ from ray.train import WorkerGroupError
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.guard import lock_run, read_json
 from tp2d_helpers.metrics import read_metrics
+from tp2d_helpers.run_folder import newest_checkpoint
 
 SOURCE_STYLE = "color: #212121; padding: 8px; font-family: monospace; font-size: 13px; line-height: 1.3; margin: 0"
 MOST_LINES = 30  # of progress in one launch, however long the run
@@ -160,11 +161,11 @@ def _describe(error: Exception, config: Config) -> str:
 
 def _describe_interrupt(config: Config, total: int) -> str:
     step = max((record["step"] for record in read_metrics(config.run_dir / "metrics.jsonl")), default=0)
-    found = any(config.run_dir.glob("checkpoint_*/"))
+    newest, _ = newest_checkpoint(config.run_dir)
     return (
         f"interrupted after step {step} of {total}; the workers are stopped.\n"
         f"A launch with experiment_name = {config.experiment_name!r} "
-        + ("continues from the newest complete checkpoint." if found else "begins anew: there is no checkpoint yet.")
+        + (f"continues from {newest.name}." if newest else "begins anew: there is no complete checkpoint yet.")
     )
 
 
