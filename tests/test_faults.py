@@ -118,6 +118,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         faults.start()
         faults.join()
         driver.wait(10)
+    stall = json.loads((disturbed.run_dir / "stalled.json").read_text())
     at_death = read_metrics(disturbed.run_dir / "metrics.jsonl")
 
     plan = preflight(disturbed)
@@ -129,7 +130,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     yield SimpleNamespace(
         config=plan.config, plan=plan, faults=faults, at_death=at_death, result=result, names=names, settings=settings,
         records=read_metrics(plan.config.run_dir / "metrics.jsonl"), twin=read_metrics(twin.run_dir / "metrics.jsonl"),
-        twin_weights=weights, seconds=time.monotonic() - began, log=(folder / "driver.log").read_text(),
+        stall=stall, twin_weights=weights, seconds=time.monotonic() - began, log=(folder / "driver.log").read_text(),
     )  # fmt: skip
     ray.shutdown()
 
@@ -153,8 +154,8 @@ def test_a_disturbed_run_equals_an_undisturbed_one(life: SimpleNamespace) -> Non
 
 
 def test_the_hang_is_named(life: SimpleNamespace) -> None:
-    stall = json.loads((life.config.run_dir / "stalled.json").read_text())
-    assert "does not answer" in stall["message"] and "wait in" in stall["message"]
+    assert life.stall["ranks"] == [3], life.stall["message"]
+    assert "rank 3 " in life.stall["message"] and "ranks 0, 1, 2 wait in" in life.stall["message"]
 
 
 def test_preflight_names_what_it_goes_on_from(life: SimpleNamespace) -> None:
@@ -164,7 +165,7 @@ def test_preflight_names_what_it_goes_on_from(life: SimpleNamespace) -> None:
 
 def test_metrics_are_as_promised(life: SimpleNamespace) -> None:
     names = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "tokens_per_second",
-             "mfu", "peak_memory_gib"}  # fmt: skip
+             "mfu", "peak_memory_gib", "eval_loss"}  # fmt: skip
     for record in life.records:
         assert set(record) == names
         assert record["tokens"] == life.config.global_batch_size * life.config.seq_length
@@ -184,7 +185,7 @@ def test_the_export_is_the_trained_model(life: SimpleNamespace, tmp_path: Path) 
     folder = export_checkpoint(life.result.checkpoint.path, life.config.model_name, tmp_path / "export")
     assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt"))
     exported = AutoModelForCausalLM.from_pretrained(folder)
-    weights = dict(exported.named_parameters())
+    weights = dict(exported.named_parameters(remove_duplicate=False))
     assert weights.keys() == life.twin_weights.keys()
     unequal = [name for name, weight in weights.items() if not torch.equal(weight, life.twin_weights[name])]
     assert not unequal

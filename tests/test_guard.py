@@ -151,7 +151,7 @@ def test_heartbeats_of_an_earlier_attempt_do_not_count(tmp_path: Path, missing: 
         process = fork_context().Process(target=worker, args=(str(tmp_path), 0, None, None, 1, 1), daemon=True)
         process.start()
         assert exit_codes([process]) == [1]
-        expected, ranks = "ranks 1, 2 have not started; rank 0 waits in 'step 1'", [1, 2]
+        expected, ranks = "ranks 1, 2 have given no sign of life; rank 0 waits in 'step 1'", [1, 2]
     else:
         with world(tmp_path, sleeper=2, stops_at=1) as processes:
             assert exit_codes(processes) == [1, 1, 1]

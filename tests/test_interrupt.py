@@ -164,9 +164,9 @@ def test_a_stall_is_the_reason_of_a_failed_run(config: Config) -> None:
     """If it happened in this launch, and not in one before."""
     stalled = config.run_dir / "stalled.json"
     with pytest.raises(TrainingFailed) as caught, follow(config, 9):
-        write_json(stalled, dict(message="no progress for 60 s: rank 3 has not started", time=0.0, ranks=[3]))
+        write_json(stalled, dict(message="no progress for 60 s: rank 3 has given no sign of life", time=0.0, ranks=[3]))
         raise RuntimeError("the actor died")
-    assert "rank 3 has not started" in str(caught.value) and str(config.run_dir / "logs") in str(caught.value)
+    assert "rank 3 has given no sign of life" in str(caught.value) and str(config.run_dir / "logs") in str(caught.value)
     with pytest.raises(TrainingFailed) as caught, follow(config, 9):
         raise RuntimeError("the actor died")
     assert "the actor died" in str(caught.value) and "rank 3" not in str(caught.value)

@@ -12,19 +12,34 @@ import time
 from typing import Any
 
 import ray.train
+from ray.exceptions import ActorUnavailableError
+from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
 from tp2d_helpers.config import Config, make_config
 
 
 class GridTrainer(TorchTrainer):
-    """Ray Train's TorchTrainer, which, if the number of workers is elastic, takes only numbers that make a grid."""
+    """Ray Train's TorchTrainer, which survives the loss of a node at any time, and keeps replicas whole.
+
+    The two policies are arguments of Ray Train's controller; its public interface has no other place for them.
+    """
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        arguments["failure_policy"] = NodeLossPolicy(self.run_config.failure_config)
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = WholeReplicas(self.scaling_config, make_config(**self.train_loop_config))
         return super()._initialize_and_run_controller(**arguments)
+
+
+class NodeLossPolicy(DefaultFailurePolicy):
+    """Ray Train's failure policy, which also tries again if a node is lost while workers are being started on it."""
+
+    def _is_retryable_error(self, training_failed_error: TrainingFailedError) -> bool:
+        failure = getattr(training_failed_error, "controller_failure", None)
+        return super()._is_retryable_error(training_failed_error) or isinstance(failure, ActorUnavailableError)
 
 
 class WholeReplicas(ElasticScalingPolicy):

@@ -133,7 +133,7 @@ class Watchdog:
         late = [rank for rank in others if beats[rank]["marks"] < furthest]
         waiting = [rank for rank in others if rank not in late]
         parts = [
-            *_say(unseen, beats, ("has", "have"), "not started"),
+            *_say(unseen, beats, ("has", "have"), "given no sign of life"),
             *_say(silent, beats, ("does", "do"), "not answer ({host}, pid {pid}; last seen in {place!r})"),
             *_say(late, beats, ("is", "are"), "still in {place!r}"),
             *_say(waiting, beats, ("waits", "wait"), "in {place!r}"),

@@ -63,7 +63,9 @@ def universal_checkpoint(checkpoint: str | Path) -> str:
     """
     if not Path(checkpoint, UNIVERSAL).exists():
         command = [sys.executable, "-m", "tp2d_helpers.resize", str(checkpoint)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        path = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]  # it may be Ray that brought it
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{checkpoint} can't be converted: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     return UNIVERSAL
