@@ -61,7 +61,7 @@ class CheckpointWriter(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.copy, self.waiting, self.written = False, [], threading.Event()
+        self.copy, self.copied, self.waiting, self.written = False, None, [], threading.Event()
         self.written.set()
 
     def begin(self, folder: Path, copy: bool, timeout: float) -> None:
@@ -78,11 +78,14 @@ class CheckpointWriter(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Note a file to write; called by DeepSpeed."""
         self.waiting.append((Path(path), host_copy(state_dict) if self.copy else state_dict))
+        if self.copy and torch.cuda.is_available():
+            self.copied = torch.cuda.Event()
+            self.copied.record()
 
     def write(self, **facts: Any) -> None:
         """Write all files, see that they reach the disk, then this rank's manifest with their sizes."""
-        if self.copy and torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.copied:
+            self.copied.synchronize()
         files = {}
         while self.waiting:
             path, state = self.waiting.pop(0)
@@ -205,6 +208,8 @@ def load_checkpoint(
         raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
     progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
     if tag == UNIVERSAL:
+        for parameter, values in engine.optimizer.optimizer.state.items():
+            values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
         dp_rank = dist.get_rank() // engine.mp_world_size
         transformers.set_seed((seed + 1 + dp_rank + 1_000_003 * progress.step) % 2**32)
         if state["loss_scaler"]:
