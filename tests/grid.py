@@ -49,6 +49,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THR
 
 
 UPLOADS: list[threading.Thread] = []  # of checkpoints, in a worker
+FAIL: list[Callable[[str], None]] = []  # ends a worker with an error, from any thread
 
 
 def notebook_definitions(*tags: str) -> dict[str, Any]:
@@ -140,6 +141,12 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
 
         torch.set_num_threads(1)
         LocalTrainFnUtils.report = _upload
+
+        def fail(trace: str) -> None:
+            writer.send_bytes(pickle.dumps((True, trace)))
+            os._exit(0)
+
+        FAIL.append(fail)
         names = notebook_definitions(*TRAIN)
         kept: dict[str, Any] = {}
         setup = names["setup_model_with_autotp"]
@@ -173,10 +180,18 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
 def _upload(self: Any, metrics: dict, checkpoint: Any, checkpoint_upload_fn: Callable, **mode: Any) -> None:
     """What `ray.train.report` does in a cluster and leaves out in local mode: call the upload function."""
     self._last_metrics, self._last_checkpoint = metrics, checkpoint
-    UPLOADS.append(threading.Thread(target=checkpoint_upload_fn, args=(checkpoint, "")))
-    UPLOADS[-1].start()
     if mode["checkpoint_upload_mode"] is not CheckpointUploadMode.ASYNC:
-        UPLOADS[-1].join()
+        checkpoint_upload_fn(checkpoint, "")
+        return
+
+    def in_background() -> None:
+        try:
+            checkpoint_upload_fn(checkpoint, "")
+        except BaseException:
+            FAIL[0](traceback.format_exc())
+
+    UPLOADS.append(threading.Thread(target=in_background))
+    UPLOADS[-1].start()
 
 
 @dataclass

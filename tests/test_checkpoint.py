@@ -5,9 +5,11 @@ What becomes of checkpoints that were damaged, or that come from elsewhere. Ray'
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,7 +162,8 @@ def damage(folder: Path, how: str) -> None:
         ("elsewhere latest", ""),
     ],
 )
-def test_a_damaged_checkpoint(train: Train, tmp_path: Path, how: str, found: str) -> None:
+@pytest.mark.faults
+def test_a_damaged_checkpoint(train: Train, tmp_path: Path, outcomes: list, how: str, found: str) -> None:
     """The newest complete one is used instead, and named. DeepSpeed's `latest` is not needed."""
     whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
     config = copy_until(whole, tmp_path, step=8, logged=9)
@@ -173,6 +176,8 @@ def test_a_damaged_checkpoint(train: Train, tmp_path: Path, how: str, found: str
     assert_continues(config, whole, weights)
     log = (config.run_dir / "logs" / "rank_0.log").read_text()
     assert (f"not used: {skipped[0]}" in log) if found else ("not used" not in log)
+    what = f"checkpoint file {how.replace('*', '')}"
+    outcomes.append((what, "the newest complete one is used and named; bit for bit", "a launch"))
     replaced = [path.name for path in sorted(config.run_dir.glob("checkpoint_00000008*")) if not problem_of(path)]
     assert len(replaced) == 1
 
@@ -184,6 +189,59 @@ def test_without_any_complete_checkpoint_a_run_begins_anew(train: Train, tmp_pat
         damage(folder, "empty *optim_states.pt")
     weights = run_grid(config.model_dump(), after=final_weights)[0][0]
     assert_continues(config, whole, weights)
+
+
+# Errors in the middle of a run
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk(train: Train, tmp_path: Path, outcomes: list, background: bool) -> None:
+    """The first checkpoint fits, the second doesn't; with more space the run goes on from the first."""
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = Config(**whole.config).change(storage_path=str(tmp_path / "small"), async_checkpoint=background)
+    (tmp_path / "small").mkdir()
+    newest, _ = newest_checkpoint(Config(**whole.config).run_dir)
+    size = sum(path.stat().st_size for path in newest.rglob("*"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.7 * size)}", "tmpfs", str(tmp_path / "small")]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        with pytest.raises(RuntimeError, match="No space left on device"):
+            run_grid(config.model_dump())
+        newest, skipped = newest_checkpoint(config.run_dir)
+        assert newest.name == "checkpoint_00000004" and "was not finished" in skipped[0]
+        subprocess.run([*mount[:3], "-o", f"remount,size={9 * size}", *mount[5:]], check=True)
+        assert_continues(config, whole, run_grid(config.model_dump(), after=final_weights)[0][0])
+        outcomes.append(("disk full while saving", "stopped with the reason; continued bit for bit", "a launch"))
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+def _fail_at_sample_40(names: dict) -> None:
+    """A patch for `run_grid`: the 40th sample that a rank asks for can't be read."""
+    from tp2d_helpers import dataloader
+
+    read, count = dataloader.TokenDataset.__getitem__, itertools.count(1)
+
+    def reading(self: object, index: int) -> dict:
+        if next(count) == 40:
+            raise OSError("sample can't be read")
+        return read(self, index)
+
+    dataloader.TokenDataset.__getitem__ = reading
+
+
+@pytest.mark.faults
+def test_a_data_source_that_fails_in_mid_epoch(train: Train, tmp_path: Path, outcomes: list) -> None:
+    whole = train("qwen2-tied", **LIFE, tp_size=1, dp_size=2)
+    config = Config(**whole.config).change(storage_path=str(tmp_path))
+    with pytest.raises(RuntimeError, match="sample can't be read"):
+        run_grid(config.model_dump(), patch=_fail_at_sample_40)
+    newest, _ = newest_checkpoint(config.run_dir)
+    assert newest is not None and problem_of(newest) is None
+    assert_continues(config, whole, run_grid(config.model_dump(), after=final_weights)[0][0])
+    outcomes.append(("a data source that raises", "stopped with the reason; continued bit for bit", "a launch"))
 
 
 # Checkpoints from elsewhere

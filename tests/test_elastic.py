@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.train import ScalingConfig
 
 from tp2d_helpers.config import Config, make_config
-from tp2d_helpers.elastic import WholeReplicas, possible_dp_sizes
+from tp2d_helpers.elastic import WholeReplicas, first_size, possible_dp_sizes
 from tp2d_helpers.metrics import read_metrics
 from tp2d_helpers.preflight import preflight
 from tp2d_helpers.run_folder import checkpoints, newest_checkpoint, read_manifest
@@ -207,3 +207,10 @@ def test_dp_sizes_that_keep_the_global_batch() -> None:
     config = make_config(dp_size=8, min_dp_size=2, batch_size_per_gpu=2, gradient_accumulation_steps=3)
     assert possible_dp_sizes(config) == [2, 3, 4, 6, 8]
     assert possible_dp_sizes(config.change(min_dp_size=0)) == [8]
+
+
+def test_the_size_to_start_with() -> None:
+    config = make_config(use_gpu=True, tp_size=2, dp_size=4, min_dp_size=1, gradient_accumulation_steps=3)
+    assert [first_size(config, {"GPU": gpus}).dp_size for gpus in (0, 2, 5, 6, 8, 16)] == [1, 1, 2, 3, 4, 4]
+    fixed = config.change(min_dp_size=0)
+    assert first_size(fixed, {"GPU": 2}) == fixed

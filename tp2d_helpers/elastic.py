@@ -91,3 +91,12 @@ def possible_dp_sizes(config: Config) -> list[int]:
     fewest = config.min_dp_size or config.dp_size
     shares = {n: config.batch_size_per_gpu * n for n in range(fewest, config.dp_size + 1)}
     return [n for n, share in shares.items() if config.global_batch_size % share == 0]
+
+
+def first_size(config: Config, resources: dict[str, float]) -> Config:
+    """The config of the grid that the run can start with on a cluster that lacks nodes, if min_dp_size lets it."""
+    if not (config.min_dp_size and config.use_gpu):
+        return config
+    sizes = possible_dp_sizes(config)
+    fitting = [n for n in sizes if n * config.tp_size <= resources.get("GPU", 0)] or sizes[:1]
+    return config.change(dp_size=fitting[-1], min_dp_size=0)

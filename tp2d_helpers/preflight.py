@@ -6,7 +6,6 @@ order of what they cost. It ends in a table of what was found and what was chose
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import time
 import uuid
@@ -18,7 +17,6 @@ from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from packaging.version import Version
 
 from tp2d_helpers.cluster import (
-    check_nodes,
     check_placement,
     check_resources,
     connect,
@@ -29,19 +27,11 @@ from tp2d_helpers.cluster import (
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
-from tp2d_helpers.elastic import possible_dp_sizes
+from tp2d_helpers.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.engine import load_config, sharding_plan
-from tp2d_helpers.guard import lock_run
 from tp2d_helpers.planner import parameter_count
-from tp2d_helpers.run_folder import (
-    GRID,
-    check_origin,
-    continue_run,
-    mend_ray_snapshot,
-    newest_checkpoint,
-    record_run,
-    recorded,
-)
+from tp2d_helpers.run_folder import continue_run, record_run
+from tp2d_helpers.storage import check_checkpoints, check_storage
 from tp2d_helpers.tokens import load_tokenizer, prepare_tokens
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
@@ -93,8 +83,9 @@ def preflight(config: Config) -> Plan:
     then, config = config, continue_run(config)
     rows = [("versions", check_versions(), "")]
     rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
-    resources_per_worker = check_resources(config, resources)
-    counts = check_placement(config, resources_per_worker)
+    first = first_size(config, resources)
+    resources_per_worker = check_resources(first, resources)
+    counts = check_placement(first, resources_per_worker)
     rows.append(("precision", *check_precision(config, resources)))
     rows.append(("model", *check_model(config)))
     rows += describe_placement(config, counts)
@@ -118,31 +109,6 @@ def check_resilience(config: Config) -> None:
         raise ConfigError(f"eval_interval = {config.eval_interval}: eval_samples is 0; set it, say to 16")
     if config.min_dp_size > config.dp_size:
         raise ConfigError(f"min_dp_size = {config.min_dp_size}: must not be above dp_size, which is {config.dp_size}")
-
-
-def check_checkpoints(config: Config, given: Config) -> list[tuple[str, str, str]]:
-    """A row about the checkpoint that the run will go on from; none for a new run.
-
-    Raises:
-        ConfigError: if another process is writing to the run's folder, or another run wrote the checkpoint.
-    """
-    run_dir, found = config.run_dir, recorded(config.run_dir)
-    with lock_run(config):
-        mend_ray_snapshot(config)
-    newest, skipped = newest_checkpoint(run_dir)
-    if not found or not (newest or skipped):
-        return []
-    if newest:
-        check_origin(newest, config.trust_checkpoint)
-    chosen = [f"goes on from {newest.name}" if newest else "begins anew"]
-    if any(found[name] != getattr(config, name) for name in GRID):
-        chosen.append("converted for the new grid")
-    if config.gradient_accumulation_steps != given.gradient_accumulation_steps:
-        chosen.append(
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps}, so that a step keeps its "
-            f"{config.global_batch_size} samples"
-        )
-    return [("checkpoint", "; ".join(skipped) or "complete", ", ".join(chosen))]
 
 
 def check_versions() -> str:
@@ -254,33 +220,6 @@ def check_data(config: Config) -> tuple[int, str, str]:
         f"{config.dataset_name}: {len(data.tokens):,} tokens, {len(data):,} {kind} samples of {config.seq_length}",
         f"{steps} steps per epoch, {size} samples each",
     )
-
-
-def check_storage(config: Config) -> str:
-    """Try to write where the run will, on the driver and on the other nodes. If that fails, nothing stays behind.
-
-    Raises:
-        ConfigError: if the folder can't be written, or isn't the same on all nodes.
-    """
-    made, probe = [], config.run_dir / f".probe-{uuid.uuid4().hex}"
-    try:
-        made = [folder for folder in (config.run_dir, *config.run_dir.parents) if not folder.exists()]
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        found = "writable" + check_nodes(config, probe)
-        made = []
-        return found
-    except OSError as error:
-        raise ConfigError(
-            f"storage_path = {config.storage_path!r}: can't be written ({error.strerror}); "
-            "take a folder that this user may write and that all nodes share"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            for file in config.run_dir.glob(f"{probe.name}*"):
-                file.unlink()
-            for folder in made:
-                folder.rmdir()
 
 
 def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:
