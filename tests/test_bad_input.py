@@ -104,7 +104,7 @@ WRONG_TYPE: dict[type, list[Any]] = {
 def test_wrong_type(name: str) -> None:
     kind = type(Config.model_fields[name].default)
     for value in WRONG_TYPE[kind if name != "use_gpu" else bool]:
-        with pytest.raises(ConfigError, match=rf"(?m)^{name} = .*(valid|finite|'auto'|'fp32')") as error:
+        with pytest.raises(ConfigError, match=rf"(?m)^{name} = .*(valid|finite|'auto'|'fp32'|'newest')") as error:
             make_config(**{name: value})
         assert f"{name} = {value!r}: " in str(error.value)
 
@@ -115,6 +115,8 @@ def test_wrong_type(name: str) -> None:
     ("tp_size", 0, "greater than or equal to 1"), ("dp_size", -2, "greater than or equal to 1"),
     ("batch_size_per_gpu", 0, "greater than or equal to 1"), ("gradient_accumulation_steps", 0, "equal to 1"),
     ("seq_length", 1, "greater than or equal to 2"), ("num_epochs", 0, "greater than or equal to 1"),
+    ("eval_samples", -1, "greater than or equal to 0"), ("eval_interval", -1, "greater than or equal to 0"),
+    ("min_dp_size", -1, "greater than or equal to 0"), ("hang_timeout_seconds", -1, "greater than or equal to 0"),
     ("learning_rate", 0, "greater than 0"), ("learning_rate", -1e-5, "greater than 0"),
     ("learning_rate", 1, "less than 1"), ("warmup_steps", -1, "greater than or equal to 0"),
     ("weight_decay", -0.1, "greater than or equal to 0"), ("weight_decay", 1, "less than 1"),

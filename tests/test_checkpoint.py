@@ -20,7 +20,7 @@ from ray.train import CheckpointConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from tp2d_helpers.checkpoint import CheckpointWriter, host_copy
+from tp2d_helpers.checkpoint_writer import CheckpointWriter, host_copy
 from tp2d_helpers.config import Config
 from tp2d_helpers.export import checkpoint_tag
 from tp2d_helpers.metrics import keep_until, read_metrics
