@@ -28,6 +28,7 @@ from tp2d_helpers import cluster as ray_cluster
 from tp2d_helpers import engine, preflight
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
+from tp2d_helpers.guard import lock_run
 from tp2d_helpers.metrics import read_metrics
 from tp2d_helpers.run_folder import continue_run, record_run
 
@@ -509,6 +510,17 @@ def test_another_run_is_refused_by_preflight(cluster: dict[str, float], actors: 
     assert not actors and [path.name for path in first.run_dir.iterdir()] == ["config.json"]
 
 
+def test_a_run_that_is_being_written_is_refused(cluster: dict[str, float], actors: list[str], tmp_path: Path) -> None:
+    config = make_config(**SMALL, storage_path=str(tmp_path), experiment_name="busy")
+    with (
+        lock_run(config),
+        pytest.raises(ConfigError, match=r"another run is writing to .*busy \(started by pid"),
+    ):
+        preflight.preflight(config)
+    assert not actors
+    preflight.preflight(config)
+
+
 def test_the_same_run_continues(tmp_path: Path) -> None:
     first = make_config(storage_path=str(tmp_path), experiment_name="first")
     record_run(first)
@@ -539,6 +551,7 @@ def test_another_grid_keeps_the_global_batch(tmp_path: Path) -> None:
     (dict(keep_checkpoints_by="eval_loss"), "keep_checkpoints_by = 'eval_loss': nothing is evaluated"),
     (dict(eval_interval=5), "eval_interval = 5: eval_samples is 0"),
     (dict(min_dp_size=2), "min_dp_size = 2: must not be above dp_size, which is 1"),
+    (dict(min_dp_size=1, zero_stage=3), "min_dp_size = 1: needs zero_stage 1 or 2, and it is 3"),
     (dict(eval_samples=10**6), "1000000 of them held out"),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(refused: Callable[..., None], settings: dict, message: str) -> None:

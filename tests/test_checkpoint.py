@@ -88,7 +88,6 @@ CHAIN = [(2, 2), (4, 1), (1, 2), (2, 1), (1, 1), (2, 2)]  # an epoch of 3 steps 
         ("qwen2-tied", (1,), "fp32"),
         ("qwen2-untied", (2,), "fp32"),
         ("llama", (1, 2), "fp32"),
-        ("mistral", (3,), "fp32"),
         ("qwen3", (2,), "fp32"),
         ("qwen2-tied", (2,), "bf16"),
         ("qwen2-untied", (1,), "bf16"),

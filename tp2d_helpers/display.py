@@ -188,9 +188,11 @@ def show_results(records: list[dict[str, Any]], first: int = 1) -> None:
     seconds = statistics.median(record["step_seconds"] for record in records)
     rate = statistics.median(record["tokens_per_second"] for record in records)
     mfus = [record["mfu"] for record in records if record["mfu"] is not None]
+    held_out = [record["eval_loss"] for record in records if record["eval_loss"] is not None]
     rows = [
         ("steps", f"{records[0]['step']} to {records[-1]['step']}"),
         ("loss, first → last step", f"{records[0]['loss']:.4f} → {records[-1]['loss']:.4f}"),
+        *[("held-out loss (perplexity)", f"{loss:.4f} ({math.exp(loss):,.1f})") for loss in held_out[-1:]],
         ("tokens per step", f"{records[-1]['tokens']:,}"),
         ("seconds per step (median)", f"{seconds:.3f}"),
         ("tokens/s (median)", f"{rate:,.0f}"),
@@ -201,7 +203,7 @@ def show_results(records: list[dict[str, Any]], first: int = 1) -> None:
 
 
 def plot_metrics(records: list[dict[str, Any]], epoch_ends: Iterable[int] = ()) -> Figure:
-    """Loss and gradient norm over the steps; a dotted line after each step of `epoch_ends`."""
+    """Loss, held-out loss and gradient norm over the steps; a dotted line after each step of `epoch_ends`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     steps = [record["step"] for record in records]
     curves: list[tuple[Any, str, Callable[[dict], Any]]] = [
@@ -215,5 +217,9 @@ def plot_metrics(records: list[dict[str, Any]], epoch_ends: Iterable[int] = ()) 
         axis.grid(alpha=0.3)
         for end in epoch_ends:
             axis.axvline(end + 0.5, linestyle=":", color="#D55E00")
+    evaluated = [(record["step"], record["eval_loss"]) for record in records if record["eval_loss"] is not None]
+    if evaluated:
+        left.plot(*zip(*evaluated, strict=True), "s", color="#D55E00", label="held out")
+        left.legend()
     plt.close(figure)  # the returned figure is displayed once, by the cell
     return figure

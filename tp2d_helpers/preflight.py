@@ -30,7 +30,7 @@ from tp2d_helpers.demo import demo_model
 from tp2d_helpers.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.engine import load_config, sharding_plan
 from tp2d_helpers.planner import parameter_count
-from tp2d_helpers.run_folder import continue_run, record_run
+from tp2d_helpers.run_folder import RESIZABLE, continue_run, record_run
 from tp2d_helpers.storage import check_checkpoints, check_storage
 from tp2d_helpers.tokens import load_tokenizer, prepare_tokens
 
@@ -109,6 +109,8 @@ def check_resilience(config: Config) -> None:
         raise ConfigError(f"eval_interval = {config.eval_interval}: eval_samples is 0; set it, say to 16")
     if config.min_dp_size > config.dp_size:
         raise ConfigError(f"min_dp_size = {config.min_dp_size}: must not be above dp_size, which is {config.dp_size}")
+    if config.min_dp_size and config.zero_stage not in RESIZABLE:
+        raise ConfigError(f"min_dp_size = {config.min_dp_size}: needs zero_stage 1 or 2, and it is {config.zero_stage}")
 
 
 def check_versions() -> str:
@@ -169,8 +171,10 @@ def check_model(config: Config) -> tuple[str, str]:
             f"AutoModelForCausalLM builds ({str(error).splitlines()[0]})"
         ) from error
     name = Path(config.model_name).name if Path(config.model_name).is_dir() else config.model_name
+    shards = f"{config.tp_size} shard{'s' * (config.tp_size > 1)}"
+    replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
     return f"{name}: {hf_config.model_type}, {size:,} parameters", (
-        f"{config.tp_size} shards × {config.dp_size} replicas, ZeRO stage {config.zero_stage}"
+        f"{shards} × {replicas}, ZeRO stage {config.zero_stage}"
     )
 
 

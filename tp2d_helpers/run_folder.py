@@ -22,6 +22,7 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing",
             "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
+RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -57,10 +58,10 @@ def continue_run(config: Config) -> Config:
         return config
     then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
     stages = {then.zero_stage, config.zero_stage}
-    if any(found[name] != now[name] for name in GRID) and not (stages <= {1, 2} or stages == {3}):
+    if any(found[name] != now[name] for name in GRID) and not stages <= set(RESIZABLE):
         raise ConfigError(
             f"zero_stage = {config.zero_stage}: the run was made with stage {then.zero_stage} on {then.tp_size} × "
-            f"{then.dp_size}; another grid needs stage 3 then and now, or stages 1 or 2 then and now"
+            f"{then.dp_size}; to go on at another grid or stage, both must be 1 or 2"
         )
     return fit_global_batch(config, then.global_batch_size)
 
