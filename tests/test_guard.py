@@ -14,7 +14,7 @@ import pytest
 from grid import fork_context
 
 from tp2d_helpers.config import Config, ConfigError, make_config
-from tp2d_helpers.guard import Watchdog, lock_run, name_ranks, read_json, write_json
+from tp2d_helpers.guard import Watchdog, claim_run, lock_run, name_ranks, read_json, write_json
 
 PATIENCE = 3.0  # seconds
 WORLD = 3
@@ -206,3 +206,24 @@ def test_a_process_may_launch_again(config: Config) -> None:
         assert not (config.run_dir / ".lock.json").exists()
     with lock_run(config), pytest.raises(ConfigError, match=f"pid {os.getpid()}"), lock_run(config):
         pass
+
+
+def hold_as_writer(folder: str) -> None:
+    """Claim a run as its rank 0, say so by a file, and live on."""
+    claim_run(folder, 0)
+    Path(folder, "claimed").touch()
+    time.sleep(LIMIT)
+
+
+def test_workers_wait_for_those_of_a_launch_that_was_killed(tmp_path: Path) -> None:
+    process = fork_context().Process(target=hold_as_writer, args=(str(tmp_path),), daemon=True)
+    process.start()
+    end = time.monotonic() + LIMIT
+    while not (tmp_path / "claimed").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    claim_run(tmp_path, 1)  # other ranks don't wait
+    with pytest.raises(RuntimeError, match=r"workers of an earlier launch still write to .* after 0\.5 s"):
+        claim_run(tmp_path, 0, seconds=0.5)
+    process.kill()
+    claim_run(tmp_path, 0, seconds=LIMIT)
+    process.join()

@@ -226,10 +226,14 @@ def claim_run(run_dir: str | Path, rank: int, seconds: float = 120) -> None:
     Raises:
         RuntimeError: if the others are still there after `seconds`.
     """
-    if rank == 0:
-        lock = FileLock(Path(run_dir) / ".writer.lock", timeout=seconds)
-        try:
-            _HELD.append(lock)
-            lock.acquire()
-        except Timeout:
-            raise RuntimeError(f"workers of an earlier launch still write to {run_dir} after {seconds:g} s") from None
+    if rank != 0:
+        return
+    # Not a soft lock, where the file system has no real ones: that would outlive a process that was killed.
+    _HELD.append(FileLock(Path(run_dir) / ".writer.lock", timeout=seconds, fallback_to_soft=False))
+    try:
+        _HELD[-1].acquire()
+    except Timeout:
+        raise RuntimeError(f"workers of an earlier launch still write to {run_dir} after {seconds:g} s") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
