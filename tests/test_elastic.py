@@ -26,6 +26,7 @@ from tp2d_helpers.metrics import read_metrics
 from tp2d_helpers.preflight import preflight
 from tp2d_helpers.run_folder import checkpoints, newest_checkpoint, read_manifest
 
+pytestmark = pytest.mark.timeout(1500)  # the first test's includes the whole life
 STEPS, PATIENCE = 60, 240
 PREEMPTED = 2  # DRAIN_NODE_REASON_PREEMPTION of Ray's protocol
 

@@ -31,7 +31,7 @@ from tp2d_helpers.metrics import read_metrics
 from tp2d_helpers.preflight import Plan, preflight
 from tp2d_helpers.run_folder import checkpoints, problem_of
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1500)]  # the first test's includes the whole life
 STEPS, EPOCHS = 14, 2
 PATIENCE = 240  # seconds for one fault and its recovery; a hang is a failure
 
@@ -107,7 +107,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     settings = dict(
         model_name="demo", dataset_name="demo", use_gpu=False, seq_length=64, batch_size_per_gpu=2, learning_rate=1e-3,
         debug_steps=STEPS, num_epochs=EPOCHS, log_interval=1, checkpoint_interval=2, eval_samples=5,
-        storage_path=str(folder), max_failures=9, hang_timeout_seconds=10,
+        storage_path=str(folder), max_failures=9, hang_timeout_seconds=20,
     )  # fmt: skip
     disturbed = make_config(**settings, experiment_name="disturbed")
     with open(folder / "driver.log", "wb") as log:
