@@ -21,6 +21,7 @@ from tp2d_helpers.guard import write_json
 from tp2d_helpers.metrics import append, keep_until, read_metrics
 from tp2d_helpers.run_folder import newest_checkpoint
 
+pytestmark = pytest.mark.slow
 SETTINGS = """
 from tp2d_helpers.config import make_config
 from tp2d_helpers.preflight import preflight

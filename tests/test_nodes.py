@@ -170,6 +170,7 @@ def run(folder: Path, can_hide: bool) -> Iterator[SimpleNamespace]:
             stop(node)
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_machine(run: SimpleNamespace) -> None:
     assert run.found["error"] == "None"
     recorded = json.loads((run.dir / "config.json").read_text())
@@ -183,6 +184,7 @@ def test_two_nodes_train_as_one_machine(run: SimpleNamespace) -> None:
         assert [record[name] for record in now] == pytest.approx([record[name] for record in then], rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_each_tp_group_is_on_one_node(run: SimpleNamespace) -> None:
     addresses = [place[1] for place in run.places]
     assert addresses[0] == addresses[1] != addresses[2] == addresses[3] and set(addresses) == set(NODES)
@@ -193,6 +195,7 @@ def test_each_tp_group_is_on_one_node(run: SimpleNamespace) -> None:
     assert not [name for name in run.found["variables"] if name.endswith("IFNAME")]
 
 
+@pytest.mark.slow
 def test_a_tp_group_that_spans_nodes_is_told(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     found, chosen = next(row[1:] for row in run.found["across"] if row[0] == "nodes")
     # 2·3/4 · 4 bytes · 2·64 tokens · 128 · (4 layers · 7 + 2) all-reduces
@@ -212,6 +215,7 @@ def test_tp_groups_that_span_nodes(monkeypatch: pytest.MonkeyPatch, counts: list
     assert chosen.startswith(f"{spanning} nodes: 3.9 MB" if spanning else "each TP group within a node")
 
 
+@pytest.mark.slow
 def test_the_helpers_travel(run: SimpleNamespace) -> None:
     """Every worker imports them from what Ray unpacked on its node: nothing else leads to them."""
     for file, _, path, variable in run.places:
@@ -219,6 +223,7 @@ def test_the_helpers_travel(run: SimpleNamespace) -> None:
         assert str(ROOT) not in [*path, *variable.split(os.pathsep)]
 
 
+@pytest.mark.slow
 def test_storage_that_is_not_shared(run: SimpleNamespace, can_hide: bool, folder: Path) -> None:
     if not can_hide:
         pytest.skip("needs a node with its own view of the file system: unshare -m, mount")
@@ -229,12 +234,14 @@ def test_storage_that_is_not_shared(run: SimpleNamespace, can_hide: bool, folder
     assert run.found["left"] == ["model", False]
 
 
+@pytest.mark.slow
 def test_model_that_is_on_one_node(run: SimpleNamespace, can_hide: bool, folder: Path) -> None:
     if not can_hide:
         pytest.skip("needs a node with its own view of the file system: unshare -m, mount")
     assert run.found["model_name"].startswith(f"model_name = '{folder}/own/model': not shared: node {NODES[1]} ")
 
 
+@pytest.mark.slow
 def test_no_secret_is_left(run: SimpleNamespace) -> None:
     """Not in logs, settings, metrics or checkpoints; the environment of the driver and of all workers had them."""
     files = [path for path in run.dir.rglob("*") if path.is_file()]
