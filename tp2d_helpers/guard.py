@@ -168,7 +168,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a small file that all see as a whole: the old one or the new one."""
     scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(json.dumps(value) + "\n")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
     scratch.replace(path)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.guard import write_json
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.resize`), as long as the global batch stays.
@@ -35,8 +36,7 @@ def recorded(run_dir: Path) -> dict[str, Any]:
 def record_run(config: Config) -> None:
     """Write the settings into the run's folder, for those who continue it, and an id that its checkpoints will bear."""
     run_id = recorded(config.run_dir).get("run_id") or uuid.uuid4().hex
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    _write(config.run_dir / "config.json", {**config.model_dump(), "run_id": run_id})
+    write_json(config.run_dir / "config.json", {**config.model_dump(), "run_id": run_id})
 
 
 def continue_run(config: Config) -> Config:
@@ -89,7 +89,7 @@ def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any)
         facts: `step`, `world_size`, the grid and the metrics, the same on all ranks.
     """
     run_id = recorded(folder.parent).get("run_id")
-    _write(folder / f"rank_{rank}.json", {**facts, "run_id": run_id, "files": files})
+    write_json(folder / f"rank_{rank}.json", {**facts, "run_id": run_id, "files": files})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -173,13 +173,6 @@ def mend_ray_snapshot(config: Config) -> None:
     latest = {"checkpoint_dir_name": complete[-1].name, "metrics": metrics[complete[-1].name]} if complete else None
     lists = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names",
              "timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")  # fmt: skip
-    _write(path, {"ray_version": ray.__version__, "checkpoint_results": results,
+    write_json(path, {"ray_version": ray.__version__, "checkpoint_results": results,
                   "checkpoint_report_indices": list(order.values()), "latest_checkpoint_result": latest,
                   "current_report_index": len(results), **{name: [] for name in lists}})  # fmt: skip
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the whole of it or what was there before."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    scratch.replace(path)
