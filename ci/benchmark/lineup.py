@@ -1,0 +1,81 @@
+"""The candidates of a benchmark, as jobs for `candidate.py` and `template.py`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+TEMPLATE_SEQ = 2048  # of the template's settings at the large shape
+DEFAULT = ("ours", "fsdp2_sp", "template_settings", "dp_zero1", "ours_text", "template", "fsdp2_tp", "dp_zero3",
+           "ours_1x512")  # fmt: skip
+ALSO = ("fsdp2_async", "ours_text_dp", "torchtitan")  # by name only
+OURS = ("ours", "ours_text", "ours_text_dp", "ours_1x512")
+
+
+def labels(job: dict[str, Any]) -> str:
+    """A name for tables and figures that tells jobs of one candidate apart."""
+    parts = [f"micro-batch {job['micro_batch']} × {job['seq']}"]
+    if job["kind"] == "ours" and job["optimizations"] != "auto":
+        parts.append(job["optimizations"])
+    if job["activation_checkpointing"] != "none":
+        parts.append(f"checkpointing {job['activation_checkpointing']}")
+    if job["sync"] != "last":
+        parts.append("reduced each micro-batch")
+    return ", ".join(parts)
+
+
+def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The jobs of a candidate: one per micro-batch size (and set of optimizations, for ours).
+
+    The accumulation makes up the rest of the global batch, so that all candidates take as many tokens per optimizer
+    step; the template's settings have no accumulation, and the small shape has batches of its own.
+    """
+    gpus, small = options.gpus, options.small
+    job: dict[str, Any] = dict(
+        name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
+        activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="", shape=options.shape,
+        steps=options.steps, warmup=options.warmup, profile=name in options.profile,
+    )  # fmt: skip
+    if name == "ours":
+        tp = options.tp or gpus // (options.dp or 1)
+        job |= dict(tp=tp, dp=gpus // tp, activation_checkpointing=options.activation_checkpointing)
+        return [
+            batch(job | {"optimizations": chosen}, size, options.global_batch, options.accumulation)
+            for chosen in options.optimizations
+            for size in options.micro_batch
+        ]
+    if name.startswith("fsdp2"):
+        job |= dict(kind="fsdp2", sequence_parallel=name != "fsdp2_tp", async_tp=name == "fsdp2_async")
+        return [
+            batch(job | {"sync": sync}, size, options.global_batch)
+            for sync in options.fsdp2_sync
+            for size in options.peer_micro_batch
+        ]
+    if name.startswith("dp_zero"):
+        job |= dict(tp=1, dp=gpus, zero=int(name[-1]))
+        return [batch(job, size, options.global_batch) for size in options.peer_micro_batch]
+    if name == "template_settings":
+        seq = min(TEMPLATE_SEQ, options.seq)
+        return [job | dict(kind=name, micro_batch=1, accumulation=1, seq=seq)]
+    job |= dict(shape=options.small_shape, text="text")
+    if name == "template":
+        return [job | dict(kind=name, micro_batch=1, accumulation=1, seq=small["template_seq"], steps=20, warmup=5)]
+    if name == "ours_1x512":
+        return [job | dict(micro_batch=1, accumulation=1, seq=small["template_seq"], steps=20, warmup=5)]
+    if name == "ours_text_dp":
+        job |= dict(tp=1, dp=gpus)
+    return [job | {key: small[key] for key in ("micro_batch", "accumulation", "seq")}]
+
+
+def batch(job: dict[str, Any], size: int, total: int, accumulation: int = 0) -> dict[str, Any]:
+    """The job at a micro-batch of `size` samples and a global batch of `total`, unless `accumulation` is given."""
+    if not accumulation and total % (size * job["dp"]):
+        raise SystemExit(f"{job['name']}: a global batch of {total} is no multiple of {size} × {job['dp']} samples")
+    return job | dict(micro_batch=size, accumulation=accumulation or total // (size * job["dp"]))
+
+
+def scaled(small_shape: str, on_gpu: bool) -> dict[str, int]:
+    """Batches for the small shape: on a GPU those that fill it, on a CPU such that a test takes seconds."""
+    if on_gpu and small_shape != "demo":
+        return dict(micro_batch=32, accumulation=2, seq=2048, template_seq=512)
+    return dict(micro_batch=2, accumulation=2, seq=64, template_seq=64)

@@ -1,0 +1,94 @@
+"""What the measuring loop needs of a candidate, and the candidates that are DeepSpeed engines of this package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+from tp2d_helpers.dataloader import create_dataloader, global_batches
+from tp2d_helpers.engine import load_config, setup_model_with_autotp
+from tp2d_helpers.planner import shard_parameters, state_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Trainer:
+    """A model on its devices, ready to train."""
+
+    config: transformers.PretrainedConfig
+    dp_rank: int
+    step: Callable[[list[Batch]], torch.Tensor]  # one optimizer step; this rank's mean loss, on its device
+    update: tuple[Any, str]  # an object and the name of its method that ends with the optimizer's update
+    state_bytes: float  # weights, masters and moments on this rank: what must be there before the first step
+
+
+def notebook_train_step() -> Callable[[Any, list[Batch]], torch.Tensor]:
+    """The notebook's own `train_step`: the cell with the tag `train-step`."""
+    cells = json.loads((ROOT / "tp_autotp.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = next("".join(c["source"]) for c in cells if "train-step" in c["metadata"].get("tags", []))
+    names: dict[str, Any] = {"torch": torch, "deepspeed": deepspeed}
+    exec(compile(source, "tp_autotp.ipynb[train-step]", "exec"), names)
+    return names["train_step"]
+
+
+def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
+    """This package's engine, with the settings of the job."""
+    config = dict(
+        model_name=job["model"], tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"],
+        batch_size_per_gpu=job["micro_batch"], gradient_accumulation_steps=job["accumulation"],
+        seq_length=job["seq"], activation_checkpointing=job["activation_checkpointing"], precision="auto",
+        optimizations=job["optimizations"], learning_rate=1e-5, weight_decay=0.01, max_grad_norm=1.0, seed=42,
+    )  # fmt: skip
+    engine, *_, dp_rank = setup_model_with_autotp(
+        job["model"], job["tp"], job["dp"], rank, job["tp"] * job["dp"], config
+    )
+    engine.train()
+    hf_config, train_step = load_config(job["model"]), notebook_train_step()
+    held = state_bytes(shard_parameters(hf_config, job["tp"]), job["dp"], job["zero"])
+    return Trainer(
+        config=hf_config,
+        dp_rank=dp_rank,
+        step=lambda micro_batches: train_step(engine, micro_batches),
+        update=(engine, "step"),
+        state_bytes=held["weights"] + held["masters and moments"],
+    )
+
+
+def batches(job: dict[str, Any], trainer: Trainer) -> Iterator[tuple[list[Batch], int]]:
+    """Endless (micro-batches of this rank for one optimizer step, real tokens of the global batch)."""
+    return text_batches(job, trainer.dp_rank) if job["text"] else random_batches(job, trainer)
+
+
+def random_batches(job: dict[str, Any], trainer: Trainer) -> Iterator[tuple[list[Batch], int]]:
+    """Tokens drawn from the whole vocabulary; sample i of step k is the same on every grid."""
+    accumulation, dp, micro_batch, seq = job["accumulation"], job["dp"], job["micro_batch"], job["seq"]
+    generator = torch.Generator().manual_seed(0)
+    shape = (accumulation, dp, micro_batch, seq)
+    targets = torch.tensor(float(micro_batch * (seq - 1)))
+    while True:
+        ids = torch.randint(trainer.config.vocab_size, shape, generator=generator)[:, trainer.dp_rank]
+        ids = ids.pin_memory() if torch.cuda.is_available() else ids
+        # As the notebook's loader: with it, the mean over micro-batches is the mean over all targets.
+        yield [dict(input_ids=x, labels=x, num_items_in_batch=targets) for x in ids], ids.numel() * dp
+
+
+def text_batches(job: dict[str, Any], dp_rank: int) -> Iterator[tuple[list[Batch], int]]:
+    """Packed text by the package's own loader, epoch after epoch."""
+    loader = create_dataloader(
+        job["model"], job["text"], job["seq"], job["micro_batch"], dp_rank, job["dp"], dataset_percentage=100.0,
+        gradient_accumulation_steps=job["accumulation"],
+    )  # fmt: skip
+    epoch = 0
+    while True:
+        loader.batch_sampler.set_epoch(epoch)
+        yield from global_batches(loader)
+        epoch += 1
