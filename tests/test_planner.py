@@ -51,6 +51,12 @@ def test_tp_bytes_by_hand(name: str, tp_size: int, expected: float) -> None:
     assert tp_bytes(shape(name), tp_size, tokens=10) == expected
 
 
+def test_tp_bytes_with_one_all_reduce_per_block() -> None:
+    """Two forward, two backward, whatever the number of column-wise layers."""
+    sent = tp_bytes(shape("llama-3-8b"), 4, tokens=10, block_all_reduce=True)
+    assert sent == 2 * 3 / 4 * 2 * 10 * 4096 * (32 * 4 + 1)
+
+
 @pytest.mark.parametrize("stage, accumulation, passes", [
     (0, 5, 2), (1, 1, 3), (1, 5, 3), (2, 1, 3), (2, 5, 11), (3, 1, 3), (3, 5, 15),
 ])  # fmt: skip

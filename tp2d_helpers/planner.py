@@ -1,7 +1,8 @@
 """What a (tp, dp, ZeRO stage) costs per GPU: bytes held and bytes sent, for a model's config.
 
 The counts are of what DeepSpeed 0.19.8 does, as formulas. A ring of n ranks moves 2·(n−1)/n of a tensor through each
-rank for an all-reduce, and (n−1)/n of it for an all-gather or a reduce-scatter (Thakur et al. 2005).
+rank for an all-reduce, and (n−1)/n of it for an all-gather or a reduce-scatter (Thakur et al. 2005). What a
+micro-batch adds is in `memory`; `estimate` makes seconds of the bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import transformers
 from tp2d_helpers.engine import meta_model, planned_shapes
 
 # All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
-# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them).
+# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them), or
+# of each of the two blocks.
 FORWARD_ALL_REDUCES = 2
+BLOCKS = 2
 
 
 def parameter_count(hf_config: transformers.PretrainedConfig) -> int:
@@ -29,21 +32,30 @@ def shard_parameters(hf_config: transformers.PretrainedConfig, tp_size: int) -> 
     return sum(shape.numel() for shape in planned_shapes(meta_model(hf_config), tp_size).values())
 
 
-def tp_bytes(hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2) -> float:
+def tp_bytes(
+    hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2, block_all_reduce: bool = False
+) -> float:
     """Bytes that tensor parallelism sends through each rank for one micro-batch, forward and backward.
 
     Args:
         tokens: of the micro-batch, batch × sequence.
         width: bytes of an activation (2 for bf16).
+        block_all_reduce: one backward all-reduce per attention and MLP block, not one per column-wise layer.
 
     Returns:
-        2·(t−1)/t · width · tokens · hidden · (L·(2 + column-wise layers) + 1 or 2). The last term is the head's input
-        gradient, and for tied models the vocabulary-parallel embedding's output. The loss's own reductions, three
-        numbers per token, are left out.
+        2·(t−1)/t · width · tokens · hidden · (L·(2 + column-wise layers, or blocks) + 1 or 2). The last term is the
+        head's input gradient, and for tied models the vocabulary-parallel embedding's output. The loss's own
+        reductions, three numbers per token, are left out.
     """
     columns = sum(style == "colwise" for style in hf_config.base_model_tp_plan.values())
-    all_reduces = hf_config.num_hidden_layers * (FORWARD_ALL_REDUCES + columns) + 1 + hf_config.tie_word_embeddings
-    return 2 * (tp_size - 1) / tp_size * width * tokens * hf_config.hidden_size * all_reduces
+    backward = BLOCKS if block_all_reduce else columns
+    count = all_reduces(hf_config.num_hidden_layers, backward, hf_config.tie_word_embeddings)
+    return 2 * (tp_size - 1) / tp_size * width * tokens * hf_config.hidden_size * count
+
+
+def all_reduces(layers: int, backward: int, tied: bool) -> int:
+    """All-reduces of a micro-batch's hidden states over the TP group, `backward` of them in each layer's backward."""
+    return layers * (FORWARD_ALL_REDUCES + backward) + 1 + tied
 
 
 def zero_bytes(parameters: int, dp_size: int, stage: int, accumulation: int = 1, width: int = 2) -> float:

@@ -1,0 +1,150 @@
+"""The memory of a run: hand-worked numbers, and the peaks that H200 GPUs showed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from tp2d_helpers import memory
+from tp2d_helpers.config import make_config
+from tp2d_helpers.demo import SHAPES
+from tp2d_helpers.memory import (
+    ON_GPU,
+    Setting,
+    Shard,
+    activation_bytes,
+    logit_bytes,
+    memory_per_gpu,
+)
+
+GIB = 2**30
+# 2 layers; widths 8 (hidden), 8 (query), 4 (key-value), 16 (MLP) of this rank; 2 heads, 32 tokens ids, 1000 parameters.
+SHARD = Shard(2, 8, 8, 4, 16, heads=2, vocabulary=32, parameters=1000, block_inputs=5, tied=False)
+COMPILED = frozenset({"compile", "fused_loss"})
+
+
+def shard(name: str, tp_size: int) -> Shard:
+    return Shard.of(AutoConfig.for_model(**SHAPES[name]), tp_size)
+
+
+def test_shard_of_a_model() -> None:
+    """Llama-3-8B at tp 4: 32 heads and 8 key-value heads of 128; the parameters of test_planner.py."""
+    found = shard("llama-3-8b", 4)
+    assert (found.layers, found.hidden, found.query, found.key_value, found.mlp) == (32, 4096, 1024, 256, 3584)
+    assert (found.heads, found.vocabulary, found.block_inputs, found.tied) == (8, 32064, 5, False)
+    whole = 128_256 * 4096 + 65 * 4096
+    assert found.parameters == (8_030_261_248 - whole) // 4 + whole
+
+
+@pytest.mark.parametrize("settings, kept", [
+    ({}, 8 * 8 + 3 * 8 + 2 * 4 + 4 * 16),
+    (dict(optimizations=ON_GPU), 4 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+    (dict(optimizations=COMPILED, tp_size=2), 4 * 8 + 2 * 8 + 2 * 4 + 3 * 16),  # an opaque collective cuts the graph
+    (dict(optimizations=ON_GPU, tp_size=2), 4 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+    (dict(activation_checkpointing="selective"), 5 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+    (dict(activation_checkpointing="selective", optimizations=ON_GPU), 2 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+])  # fmt: skip
+def test_activations_by_hand(settings: dict[str, Any], kept: int) -> None:
+    """6 tokens, 2 layers: 2 bytes for each element, and 4 for each head's log-sum."""
+    setting = Setting(batch_size_per_gpu=2, seq_length=3, **settings)
+    assert activation_bytes(SHARD, setting)[0] == 6 * 2 * (2 * kept + 4 * 2)
+
+
+def test_full_checkpointing_by_hand() -> None:
+    """Kept: a hidden state per layer. Added: a layer's other activations, and their gradients."""
+    kept, added = activation_bytes(SHARD, Setting(seq_length=6, activation_checkpointing="full"))
+    assert kept == 6 * 2 * 2 * 8
+    again, gradients = 7 * 8 + 3 * 8 + 2 * 4 + 4 * 16, 4 * 8 + 2 * 8 + 2 * 4 + 3 * 16
+    assert added == 6 * (2 * again + 4 * 2) + 6 * (2 * gradients + 4 * 2)
+
+
+@pytest.mark.parametrize("settings, per_logit", [
+    ({}, 10), (dict(tp_size=2), 14), (dict(optimizations=ON_GPU), 4), (dict(optimizations={"fused_loss"}), 10),
+    (dict(tp_size=2, width=4), 16),
+])  # fmt: skip
+def test_logits_by_hand(settings: dict[str, Any], per_logit: int) -> None:
+    assert logit_bytes(SHARD, Setting(seq_length=6, **settings)) == 6 * 32 * per_logit
+
+
+def test_state_and_buffers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 parameters at ZeRO 1 and dp 2, with two buckets of 100 elements."""
+    monkeypatch.setattr(memory, "BUCKET", 100)
+    small = Setting(dp_size=2, seq_length=2)
+    found = memory_per_gpu(SHARD, small)  # at the step: half the gradients, flat in bf16 and in fp32
+    assert (found.weights, found.gradients, found.optimizer, found.buffers) == (2000, 1000, 6000, 1000 + 2000)
+    large = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000))
+    assert (large.gradients, large.buffers, large.logits) == (0, 2 * 200, 2000 * 32 * 10)
+    assert large.total == 2000 + 6000 + 400 + large.logits + large.activations
+    more = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, gradient_accumulation_steps=2))
+    assert more.total == large.total + 2000  # the gradients of the first micro-batch
+    bf16 = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, master_weights="bf16"))
+    assert large.total - bf16.total == 3000
+
+
+def test_the_one_pass_step_needs_no_fp32_copy() -> None:
+    usual, fused = (
+        memory_per_gpu(shard("llama-3-8b", 2), Setting(tp_size=2, seq_length=64, optimizations=frozenset(names)))
+        for names in ((), ("fused_step",))
+    )
+    parameters = shard("llama-3-8b", 2).parameters
+    assert usual.buffers == 6 * parameters and fused.buffers == 4 * 2**28
+
+
+def test_zero_divides() -> None:
+    """Masters and moments from stage 1, gradients from 2, weights at 3."""
+    found = [memory_per_gpu(shard("llama-3-8b", 1), Setting(dp_size=8, zero_stage=stage)) for stage in range(4)]
+    assert [part.optimizer for part in found[:2]] == [12 * 8_030_261_248, 12 * 8_030_261_248 / 8]
+    assert found[3].weights == found[2].weights / 8
+    assert [part.total for part in found] == sorted((part.total for part in found), reverse=True)
+
+
+def test_what_checkpointing_saves() -> None:
+    setting = dict(tp_size=2, batch_size_per_gpu=8, seq_length=4096, optimizations=ON_GPU)
+    totals = [
+        memory_per_gpu(shard("llama-3-8b", 2), Setting(**setting, activation_checkpointing=mode)).total
+        for mode in ("none", "selective", "full")
+    ]
+    assert totals == sorted(totals, reverse=True) and totals[0] > 1.5 * totals[2]
+
+
+def test_setting_of_a_config() -> None:
+    config = make_config(tp_size=4, dp_size=3, batch_size_per_gpu=2, seq_length=128, use_gpu=True, zero_stage=2)
+    setting = Setting.of(config.model_dump())
+    assert (setting.tp_size, setting.dp_size, setting.zero_stage, setting.width) == (4, 3, 2, 2)
+    assert (setting.tokens, setting.global_tokens) == (256, 768)
+    assert setting.activation_checkpointing == "none" and setting.optimizations == ON_GPU
+    on_cpu = Setting.of(config.change(use_gpu=False).model_dump())
+    assert on_cpu.width == 4 and "compile" not in on_cpu.optimizations
+    assert Setting.of(config.change(precision="fp32").model_dump()).width == 4
+    assert "compile" not in Setting.of(config.change(zero_stage=3).model_dump()).optimizations
+    assert Setting.of({"optimizations": "compile,fused_loss"}).optimizations == COMPILED
+    assert Setting.of({"optimizations": "none"}).optimizations == frozenset()
+
+
+PROTOTYPE = 6  # bytes per logit of Liger's cross-entropy, which the first measurements used
+
+
+@pytest.mark.parametrize("model, settings, loss, peak", [
+    # README.md: this package's engine without optimizations, at 8 × 1024 tokens.
+    ("qwen2.5-0.5b", dict(batch_size_per_gpu=8, seq_length=1024), 2, 31.0),
+    ("qwen2.5-0.5b", dict(tp_size=2, batch_size_per_gpu=8, seq_length=1024), 2, 19.2),
+    ("qwen2.5-0.5b", dict(dp_size=2, batch_size_per_gpu=8, seq_length=1024), 2, 28.2),
+    # Layers compiled one by one, with AutoTP's own collectives.
+    ("qwen2-7b", dict(tp_size=2, batch_size_per_gpu=4, seq_length=4096, optimizations=COMPILED), PROTOTYPE, 103.0),
+    ("qwen2-7b", dict(tp_size=2, batch_size_per_gpu=4, seq_length=4096, optimizations=COMPILED,
+                      gradient_accumulation_steps=4), PROTOTYPE, 112.5),
+    ("qwen2-7b", dict(tp_size=2, dp_size=2, batch_size_per_gpu=4, seq_length=4096, optimizations=COMPILED,
+                      gradient_accumulation_steps=4), PROTOTYPE, 89.7),
+    ("qwen2.5-0.5b", dict(tp_size=2, dp_size=2, batch_size_per_gpu=32, seq_length=2048, optimizations=COMPILED,
+                          gradient_accumulation_steps=2), PROTOTYPE, 76.7),
+    ("qwen2-7b", dict(dp_size=2, batch_size_per_gpu=2, seq_length=4096, optimizations=frozenset({"compile"})), 2, 96.2),
+])  # fmt: skip
+def test_measured_peaks(
+    model: str, settings: dict[str, Any], loss: int, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GiB in tensors on H200, torch 2.11; the estimate is within 5 % of each."""
+    monkeypatch.setitem(memory.LOSS_BYTES, "fused", loss)
+    setting = Setting(**settings)
+    assert memory_per_gpu(shard(model, setting.tp_size), setting).total / GIB == pytest.approx(peak, rel=0.05)

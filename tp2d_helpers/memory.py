@@ -1,0 +1,218 @@
+"""How full a GPU gets: weights, gradients, optimizer, activations, logits and buffers, from a run's config alone.
+
+The counts are of what DeepSpeed 0.19.8 and PyTorch's autograd keep, as formulas. The part that doesn't depend on the
+batch is `planner.state_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import transformers
+
+from tp2d_helpers.planner import shard_parameters, state_bytes
+
+# What autograd keeps of a decoder layer between its forward and backward pass, with flash attention, in tensors of
+# (hidden, query, key-value, mlp) width per token. The first width is whole on each rank of a TP group, the others are
+# divided by tp_size: Korthikanti et al. 2022, section 4, without its sequence parallelism.
+#   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
+#              attention's output, and its copy in the output projection's layout; gate, silu(gate), up, their product
+#   compiled   inputs and outputs of the two norms; q, k, v; the attention's output; gate and up. Their product is cheap
+#              to compute again, and the compiler does
+#   in parts   the product, too: a collective that the compiler can't look into ends its graph there
+#   selective  the layer's input; results of the matrix products, of attention and of the sum over the TP group. What
+#              the backward pass doesn't need is kept only where nothing is compiled
+#   full       the layer's input
+# On H200 with torch 2.11, eager and compiled peaks are within 6 % of what these say: tests/test_memory.py.
+ACTIVATIONS = {
+    "eager": (8, 3, 2, 4),
+    "compiled": (4, 2, 2, 2),
+    "in parts": (4, 2, 2, 3),
+    "selective, eager": (5, 2, 2, 2),
+    "selective, compiled": (2, 2, 2, 2),
+    "full": (1, 0, 0, 0),
+}
+BACKWARD = (4, 2, 2, 3)  # gradients of a layer's activations that are there at once, while its backward pass runs
+
+# Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
+# softmax and, where it isn't computed in place, one more. Fused and compiled, the gradient is all that is added.
+LOSS_BYTES = {"whole": 8, "vocabulary": 12, "fused": 2}
+
+BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`); two of them overlap
+STEP_CHUNK = 2**28  # elements of the gradients that the one-pass step converts to fp32 at a time
+STAGE_3_LIVE = 1_050_000_000  # elements that stage 3 keeps gathered: `max_live_parameters` and one prefetch bucket
+STAGE_3_GROUP = 1_000_000_000  # elements that stage 3 steps at a time (`sub_group_size`)
+
+ON_GPU = frozenset({"compile", "block_all_reduce", "fused_loss", "fused_step"})  # `optimizations = "auto"`
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's memory and speed depend on, by the names in `Config`. Sizes are in samples, lengths in tokens.
+
+    `width` is the bytes of a weight or activation. `optimizations` has names of `config.OPTIMIZATIONS`.
+    """
+
+    tp_size: int = 1
+    dp_size: int = 1
+    zero_stage: int = 1
+    batch_size_per_gpu: int = 1
+    gradient_accumulation_steps: int = 1
+    seq_length: int = 512
+    activation_checkpointing: str = "none"  # or selective, full
+    master_weights: str = "fp32"
+    width: int = 2
+    optimizations: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Setting:
+        """The part of a run's config (`Config.model_dump()`, or the workers' dict) that counts."""
+        values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        precision, use_gpu = config.get("precision", "auto"), config.get("use_gpu", True)
+        fp32 = precision == "fp32" or (precision == "auto" and not use_gpu)
+        names = values.get("optimizations", "auto")
+        if names in ("auto", "none"):
+            chosen = ON_GPU if names == "auto" else frozenset()
+            # ZeRO 3 gathers weights in hooks that the compiler can't look into; on CPU it costs more than it brings.
+            chosen -= set() if use_gpu and values.get("zero_stage") != 3 else {"compile"}
+        else:
+            chosen = frozenset(names.split(",") if isinstance(names, str) else names)
+        return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": chosen})
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.batch_size_per_gpu * self.seq_length
+
+    @property
+    def global_tokens(self) -> int:
+        """Tokens of one optimizer step, over all replicas."""
+        return self.tokens * self.gradient_accumulation_steps * self.dp_size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank of a TP group holds of a model: counts, and widths in elements per token."""
+
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    mlp: int
+    heads: int
+    vocabulary: int
+    parameters: int
+    block_inputs: int  # column-wise layers in a decoder layer
+    tied: bool
+
+    @classmethod
+    def of(cls, hf_config: transformers.PretrainedConfig, tp_size: int) -> Shard:
+        """Cut a dense decoder for `tp_size`. Raises `ConfigError` if it can't be (`engine.sharding_plan`)."""
+        text = hf_config.get_text_config()
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        plan = getattr(hf_config, "base_model_tp_plan", None) or {}
+        return cls(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            query=heads * head_dim // tp_size,
+            key_value=kv_heads * head_dim // tp_size,
+            mlp=(getattr(text, "intermediate_size", None) or 4 * text.hidden_size) // tp_size,
+            heads=heads // tp_size,
+            vocabulary=text.vocab_size // tp_size,
+            parameters=shard_parameters(hf_config, tp_size),
+            block_inputs=sum(style == "colwise" for style in plan.values()),
+            tied=bool(hf_config.tie_word_embeddings),
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU at the fullest moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # masters and moments
+    activations: float
+    logits: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Name → bytes."""
+        names = {"optimizer": "masters and moments"}
+        return {names.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
+
+
+def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
+    """Bytes per GPU at the fullest of three moments of a step: at the loss, in a backward pass, or at its end.
+
+    That is memory in tensors (`torch.cuda.max_memory_allocated`). The CUDA context, NCCL and the allocator's gaps come
+    on top: see `fit`.
+    """
+    state = state_bytes(shard.parameters, setting.dp_size, setting.zero_stage, setting.width)
+    optimizer = state["masters and moments"] / (2 if setting.master_weights == "bf16" else 1)
+    divided = setting.zero_stage >= 1
+    partition = setting.width * shard.parameters / (setting.dp_size if divided else 1)
+    earlier = state["gradients"] if setting.gradient_accumulation_steps > 1 or setting.zero_stage == 3 else 0
+    kept, layer = activation_bytes(shard, setting)
+    gathered, buckets = _buffers(shard, setting)
+    at_loss = Memory(state["weights"], earlier, optimizer, kept, logit_bytes(shard, setting), gathered + buckets)
+    in_backward = Memory(state["weights"], earlier, optimizer, kept + layer, 0, gathered + buckets)
+    at_end = Memory(state["weights"], partition, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
+    return max(at_loss, in_backward, at_end, key=lambda moment: moment.total)
+
+
+def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
+    """(kept from the forward passes of all layers, added while the backward pass of one runs), for a micro-batch.
+
+    Kept are per token and layer `ACTIVATIONS` tensors, and of flash attention one fp32 number per head, the log of the
+    softmax's sum. A checkpointed layer is computed again before its backward pass: its own activations are added.
+    """
+    whole_graph = setting.tp_size == 1 or "block_all_reduce" in setting.optimizations
+    how = "compiled" if "compile" in setting.optimizations else "eager"
+    uncut = ACTIVATIONS["in parts" if how == "compiled" and not whole_graph else how]
+    mode = setting.activation_checkpointing
+    kept = {"none": uncut, "selective": ACTIVATIONS[f"selective, {how}"], "full": ACTIVATIONS["full"]}[mode]
+    again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
+    widths = (shard.hidden, shard.query, shard.key_value, shard.mlp)
+
+    def size(counts: tuple[int, ...] | list[int]) -> float:
+        sums = 4 * shard.heads if counts[1] else 0
+        return setting.tokens * (setting.width * sum(map(int.__mul__, counts, widths)) + sums)
+
+    return shard.layers * size(kept), size(again) + size(BACKWARD)
+
+
+def logit_bytes(shard: Shard, setting: Setting) -> float:
+    """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed."""
+    kind = "vocabulary" if setting.tp_size > 1 else "whole"
+    kind = "fused" if setting.optimizations >= {"fused_loss", "compile"} else kind
+    return setting.tokens * shard.vocabulary * (setting.width + LOSS_BYTES[kind])
+
+
+def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
+    """(gathered weights of stage 3, gradient buckets): bytes."""
+    width, stage = setting.width, setting.zero_stage
+    if stage == 3:
+        return width * min(shard.parameters, STAGE_3_LIVE), width * BUCKET
+    overlap = setting.dp_size > 1 and width != 4  # `engine.deepspeed_config`
+    return 0, width * BUCKET * (1 + overlap) if stage else 0
+
+
+def _step_copies(shard: Shard, setting: Setting) -> float:
+    """Gradients as the optimizer takes them: flat, and in fp32."""
+    if setting.zero_stage == 3:
+        return 4 * min(shard.parameters / setting.dp_size, STAGE_3_GROUP)
+    partition = shard.parameters / (setting.dp_size if setting.zero_stage else 1)
+    if setting.master_weights == "bf16":
+        return setting.width * partition
+    if "fused_step" in setting.optimizations:
+        return 4 * min(partition, STEP_CHUNK)
+    return (setting.width + 4 * (setting.width != 4)) * partition
