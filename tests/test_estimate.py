@@ -1,0 +1,187 @@
+"""The time of a step: hand-worked numbers, and the benchmark's results on GPUs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from tp2d_helpers import estimate
+from tp2d_helpers.demo import SHAPES
+from tp2d_helpers.engine import meta_model
+from tp2d_helpers.estimate import DEVICES, Device, Network, device_named, model_flops, scaling_curve, step_time
+from tp2d_helpers.memory import ON_GPU, Setting, Shard, memory_per_gpu
+from tp2d_helpers.metrics import PEAK_FLOPS, model_flops_per_token, peak_flops
+
+GIB = 2**30
+RESULTS = Path(__file__).resolve().parent.parent / "ci/benchmark/results"
+SHARD = Shard(2, 8, 8, 4, 16, heads=2, vocabulary=32, parameters=1000, block_inputs=5, tied=False)
+LAYER = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)]  # q, k, v, o, gate, up, down
+
+
+class Simple(Device):
+    """1000 FLOP/s, 100 byte/s of memory, 10 byte/s of links."""
+
+    peak = 1000.0
+
+
+SIMPLE = Simple("simple", 1.0, 100.0, 10.0)
+
+
+def config(name: str) -> Any:
+    return AutoConfig.for_model(**SHAPES[name])
+
+
+@pytest.fixture
+def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device at its datasheet's speed, and a host that takes no time."""
+    shares = {name: 0.0 if name in ("hidden", "latency") else 1.0 for name in estimate.MEASURED}
+    monkeypatch.setattr(estimate, "MEASURED", shares)
+    monkeypatch.setattr(estimate, "HOST_LAYER", {"eager": 0.0, "compiled": 0.0})
+    monkeypatch.setattr(estimate, "HOST_STEP", 0.0)
+
+
+def test_work_by_hand(ideal: None) -> None:
+    """3 tokens, 2 micro-batches, tp 1: products with their traffic, attention, the optimizer's 28 bytes."""
+    found = step_time(SHARD, Setting(seq_length=3, gradient_accumulation_steps=2, optimizations=ON_GPU), SIMPLE)
+    products = [*LAYER, *LAYER, (8, 32)]
+    work = sum(3 * 2 * 3 * k * n for k, n in products) / 1000
+    traffic = sum(3 * 2 * (3 * k + k * n + 3 * n) for k, n in products) / 100
+    assert found.products == pytest.approx(2 * (work + traffic))
+    assert found.attention == pytest.approx(2 * 3 * 6 * 2 * 8 * 3 / 1000)
+    passes = 2 * 2 * (24 * 8 + 6 * 12 + 9 * 16) + 8 * 32
+    assert found.element_wise == pytest.approx(2 * 3 * passes / 100)
+    assert found.optimizer == pytest.approx(28 * 1000 / 100)
+    assert found.tp_communication == found.dp_communication == found.host == 0
+    assert found.total == pytest.approx(sum(vars(found).values()))
+
+
+def test_communication_by_hand(ideal: None) -> None:
+    """4 all-reduces per layer and one for the head, of 3 × 8 numbers in bf16; without blocks 7. DP: 3 passes."""
+    blocks = step_time(SHARD, Setting(tp_size=2, seq_length=3, optimizations=ON_GPU), SIMPLE)
+    assert blocks.tp_communication == pytest.approx((2 * 4 + 1) * 2 * 3 * 8 / 10)
+    layers = step_time(SHARD, Setting(tp_size=2, seq_length=3), SIMPLE)
+    assert layers.tp_communication == pytest.approx((2 * 7 + 1) * 2 * 3 * 8 / 10)
+    replicas = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE)
+    assert replicas.dp_communication == pytest.approx(3 / 4 * 2 * 1000 * 3 / 10)
+    outside = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE, Network(gpus_per_node=2, bandwidth=5))
+    assert outside.dp_communication == pytest.approx(2 * replicas.dp_communication)
+
+
+def test_what_zero_hides(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reduction of the gradients behind the backward pass; the gather after the step behind nothing."""
+    monkeypatch.setitem(estimate.MEASURED, "hidden", 1.0)
+    found = step_time(SHARD, Setting(dp_size=4, seq_length=3), replace(SIMPLE, link_bandwidth=1e3))
+    gather = 3 / 4 * 2 * 1000 / 1e3
+    assert found.dp_communication == pytest.approx(gather)
+
+
+def test_the_host_is_the_floor(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that takes 1000 s to launch is what the step takes, whatever the GPU does."""
+    monkeypatch.setattr(estimate, "HOST_LAYER", {"eager": 1000.0, "compiled": 500.0})
+    setting = Setting(seq_length=3, gradient_accumulation_steps=3)
+    found = step_time(SHARD, setting, SIMPLE)
+    assert found.total - found.optimizer == pytest.approx(3 * 2 * 1000)
+    compiled = step_time(SHARD, replace(setting, optimizations=ON_GPU), SIMPLE)
+    assert compiled.total - compiled.optimizer == pytest.approx(3 * 2 * 500)
+
+
+def test_recomputation_costs_a_forward_pass(ideal: None) -> None:
+    """A third more of the layers' products, none of the head's, and two more all-reduces per layer."""
+    setting = Setting(tp_size=2, seq_length=3)
+    plain = step_time(SHARD, setting, SIMPLE)
+    full = step_time(SHARD, replace(setting, activation_checkpointing="full"), SIMPLE)
+    forward = [2 * (2 * 3 * k * n / 1000 + 2 * (3 * k + k * n + 3 * n) / 100) for k, n in LAYER]
+    assert full.products - plain.products == pytest.approx(sum(forward))
+    assert full.tp_communication - plain.tp_communication == pytest.approx(2 * 2 * 2 * 3 * 8 / 10)
+
+
+def test_flops_are_those_of_the_mfu() -> None:
+    for name in ("qwen2.5-0.5b", "llama-3-8b"):
+        expected = model_flops_per_token(meta_model(config(name)), config(name), 512)
+        assert model_flops(Shard.of(config(name), 1), 512) == expected
+
+
+def test_devices() -> None:
+    assert all(peak_flops(device.name) for device in DEVICES) and len(DEVICES) == len(PEAK_FLOPS)
+    assert device_named("NVIDIA H200").memory == 139.8
+    assert device_named("NVIDIA H100 PCIe").memory_bandwidth < device_named("NVIDIA H100 80GB HBM3").memory_bandwidth
+    assert device_named("accelerator_type:L40S").name == "L40S" and device_named("L4").name == "L4"
+    assert (device_named("A100-40G").memory, device_named("NVIDIA A100-SXM4-80GB").memory) == (39.4, 79.2)
+    assert device_named("cpu") is None
+
+
+def test_scaling_curve() -> None:
+    """Speed per GPU falls where TP begins, and again where the replicas leave the node; not much after that."""
+    setting = Setting(tp_size=8, batch_size_per_gpu=2, seq_length=4096, optimizations=ON_GPU)
+    rows = scaling_curve(config("llama-3-8b"), setting, device_named("H200"))
+    assert [row["gpus"] for row in rows] == [2**i for i in range(11)]
+    assert [(row["tp_size"], row["dp_size"]) for row in rows[2:5]] == [(4, 1), (8, 1), (8, 2)]
+    rates = {row["gpus"]: row["tokens_per_second_per_gpu"] for row in rows}
+    assert rates[1] > rates[2] > rates[4] > rates[8] > rates[16] > rates[1024] > rates[16] / 2
+    assert rows[3]["mfu"] == pytest.approx(rates[8] * model_flops(Shard.of(config("llama-3-8b"), 1), 4096) / 989e12)
+    assert rows[0]["step_seconds"] == pytest.approx(2 * 4096 / rates[1])
+
+
+def test_scaling_with_a_fixed_batch() -> None:
+    """64 samples are 8 replicas of 8 micro-batches, or 64 of one; more replicas can't share them."""
+    setting = Setting(tp_size=1, seq_length=512, optimizations=ON_GPU)
+    rows = scaling_curve(config("qwen2.5-0.5b"), setting, device_named("H200"), global_batch=64)
+    assert [row["gpus"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
+    assert rows[-1]["step_seconds"] < rows[0]["step_seconds"] / 10
+
+
+# Measured runs
+
+SECONDS, PEAK, CONFIGURATIONS = 0.20, 0.10, 8  # how far off an estimate may be, and of how many runs at least
+
+
+def measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(report, entry) of each run of this package's engine, ZeRO's plain data parallelism included."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text())
+        if device_named(str(report.get("gpu"))):
+            entries = report["candidates"]
+            found += [(report, e) for e in entries if e.get("settings", {}).get("kind") == "ours" and "step_ms" in e]
+    return found
+
+
+def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, float]:
+    """(milliseconds per step, peak GiB) of an entry."""
+    job = entry["settings"]
+    shape = dict(SHAPES[job["shape"]])
+    if report["layers"] != "all" and job["shape"] == report["shape"]:
+        shape["num_hidden_layers"] = report["layers"]
+    setting = Setting.of(
+        dict(tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"], batch_size_per_gpu=job["micro_batch"],
+             gradient_accumulation_steps=job["accumulation"], seq_length=job["seq"],
+             activation_checkpointing=job["activation_checkpointing"], optimizations=job["optimizations"])
+    )  # fmt: skip
+    shard = Shard.of(AutoConfig.for_model(**shape), setting.tp_size)
+    seconds = step_time(shard, setting, device_named(report["gpu"])).total
+    return seconds * 1e3, memory_per_gpu(shard, setting).total / GIB
+
+
+def test_measured_runs() -> None:
+    """Every run of the engine that the benchmark left: its peak memory and its time."""
+    rows = measured()
+    if not rows:
+        pytest.skip(f"no results of GPUs in {RESULTS.relative_to(RESULTS.parents[2])}")
+    wrong, seen = [], set()
+    for report, entry in rows:
+        milliseconds, peak = predicted(report, entry)
+        job = entry["settings"]
+        seen.add(json.dumps({name: job[name] for name in sorted(job) if name not in ("name", "profile")}, default=str))
+        label = f"{report['gpus']} GPUs, {job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}"
+        if not math.isclose(milliseconds, entry["step_ms"], rel_tol=0, abs_tol=SECONDS * entry["step_ms"]):
+            wrong.append(f"{label}: {entry['step_ms']:.0f} ms, predicted {milliseconds:.0f}")
+        if not math.isclose(peak, entry["peak_gib"], rel_tol=0, abs_tol=PEAK * entry["peak_gib"]):
+            wrong.append(f"{label}: {entry['peak_gib']:.1f} GiB, predicted {peak:.1f}")
+    assert not wrong, "\n".join(wrong)
+    assert len(seen) >= CONFIGURATIONS

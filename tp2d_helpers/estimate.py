@@ -1,0 +1,246 @@
+"""How long a step takes on given GPUs, and how that scales over nodes: seconds, out of a run's config alone.
+
+A roofline (Williams et al. 2009) with the sums that it needs and no more: matrix products at a share of the peak plus
+their own traffic, element-wise passes and the optimizer at the bandwidth of the memory, collectives at that of the
+links, and never faster than the host launches kernels. `MEASURED` has every number that isn't a datasheet's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import transformers
+
+from tp2d_helpers.memory import Setting, Shard
+from tp2d_helpers.metrics import flops_per_token, peak_flops
+from tp2d_helpers.planner import BLOCKS, all_reduces, zero_bytes
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: what its datasheet says, per GPU and direction; `memory` is what PyTorch reports as total, in GiB."""
+
+    name: str
+    memory: float
+    memory_bandwidth: float  # byte/s
+    link_bandwidth: float  # byte/s to the other GPUs of its node
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s, dense, 16 bit."""
+        return peak_flops(self.name) or math.nan
+
+
+# The first name that fits counts, as in `metrics.PEAK_FLOPS`. Without NVLink, the link is PCIe.
+DEVICES = [
+    Device("B200", 178.4, 7.7e12, 900e9),
+    Device("H200", 139.8, 4.8e12, 450e9),
+    Device("H100 PCIe", 79.1, 2.0e12, 64e9),
+    Device("H100", 79.1, 3.35e12, 450e9),
+    Device("A100", 79.2, 2.0e12, 300e9),
+    Device("L40S", 44.4, 0.864e12, 32e9),
+    Device("L4", 22.0, 0.3e12, 32e9),
+    Device("A10", 22.0, 0.6e12, 32e9),
+    Device("V100", 31.7, 0.9e12, 150e9),
+    Device("T4", 14.6, 0.32e12, 16e9),
+]
+
+
+@dataclass(frozen=True)
+class Network:
+    """How GPUs are joined into nodes: `bandwidth` is byte/s between nodes, per GPU (400 Gbit/s each by default)."""
+
+    gpus_per_node: int = 8
+    bandwidth: float = 50e9
+
+
+# Fitted to runs on one and two H200 of one host, torch 2.11; tests/test_estimate.py holds the estimate against them.
+MEASURED = {
+    "products": 0.70,  # share of the peak that a large matrix product reaches, its memory traffic apart
+    "attention": 0.38,  # the same for flash attention, forward and backward
+    "memory": 0.90,  # of the memory's bandwidth
+    "links": 0.77,  # of the links' bandwidth, in an all-reduce
+    "tp exposed": 1.0,  # of TP's all-reduces, the share that nothing hides
+    "network": 0.80,  # of the network's (a guess)
+    "hidden": 0.80,  # of a backward pass, the share that ZeRO's collectives can hide behind (a guess)
+    "latency": 20e-6,  # seconds of a collective, times log2 of its ranks
+}
+# Element-wise passes over (hidden, query + key-value, mlp) per token and layer, forward and backward.
+PASSES = {"eager": (160, 36, 13), "compiled": (24, 6, 9)}
+LOSS_PASSES = {"whole": 34, "vocabulary": 60, "fused": 8}  # bytes read and written per logit
+STEP_BYTES = {"fused": 28, "deepspeed": 160}  # per parameter of the partition; 28: see `_optimizer`
+HOST_LAYER = {"eager": 7.5e-3, "compiled": 1.2e-3}  # seconds to launch a layer's kernels, forward and backward
+HOST_STEP = 10e-3  # seconds on the host per optimizer step
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step. Communication is what isn't hidden; `host` what the GPU waits for launches."""
+
+    products: float
+    attention: float
+    element_wise: float
+    tp_communication: float
+    dp_communication: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def device_named(name: str) -> Device | None:
+    """The device in `DEVICES` that a GPU's name ("NVIDIA H200", Ray's "A100-40G") says; None if it isn't there."""
+    found = next((device for device in DEVICES if device.name in name), None)
+    return replace(found, memory=39.4) if found and found.name == "A100" and "40G" in name else found
+
+
+def step_time(shard: Shard, setting: Setting, device: Device, network: Network | None = None) -> StepTime:
+    """Seconds of one optimizer step.
+
+    Work of the micro-batches adds up, and takes at least as long as the host needs to launch it. ZeRO's collectives
+    hide behind the last backward pass (all of them from stage 2 on), as far as they are no longer than that.
+    """
+    network, count = network or Network(), setting.gradient_accumulation_steps
+    how = "compiled" if "compile" in setting.optimizations else "eager"
+    step = "fused" if "fused_step" in setting.optimizations and setting.master_weights == "fp32" else "deepspeed"
+    products, attention = _products(shard, setting, device), _attention(shard, setting, device)
+    element_wise, tp = _element_wise(shard, setting, device), _tp_seconds(shard, setting, device, network)
+    micro = products + attention + element_wise + tp
+    host = max(0.0, HOST_LAYER[how] * shard.layers - micro) * count
+    backward = 2 / 3 * micro * (count if setting.zero_stage >= 2 else 1)
+    return StepTime(
+        products * count, attention * count, element_wise * count, tp * count,
+        dp_communication=_dp_seconds(shard, setting, device, network, MEASURED["hidden"] * backward),
+        optimizer=_optimizer(shard, setting, device, step), host=host + HOST_STEP,
+    )  # fmt: skip
+
+
+def layer_products(shard: Shard) -> list[tuple[int, int]]:
+    """[in, out] of each matrix of a decoder layer, as this rank has it."""
+    h, mlp = shard.hidden, shard.mlp
+    gates = max(1, shard.block_inputs - 3)  # column-wise layers besides q, k and v
+    return [(h, shard.query), *[(h, shard.key_value)] * 2, (shard.query, h), *[(h, mlp)] * gates, (mlp, h)]
+
+
+def _products(shard: Shard, setting: Setting, device: Device) -> float:
+    """Matrix products of a micro-batch: 2·m·k·n operations each, thrice (forward, and two in the backward pass).
+
+    m is the tokens. Each also moves its three matrices once, which is what makes narrow products slow.
+    """
+    times = 4 if setting.activation_checkpointing == "full" else 3
+    shapes = [(times, *shape) for shape in layer_products(shard)] * shard.layers
+    shapes += [(3, shard.hidden, shard.vocabulary)]
+    m, rate = setting.tokens, device.peak * MEASURED["products"]
+    work = sum(t * 2 * m * k * n for t, k, n in shapes) / rate
+    return work + _moved(sum(t * setting.width * (m * k + k * n + m * n) for t, k, n in shapes), device)
+
+
+def _attention(shard: Shard, setting: Setting, device: Device) -> float:
+    """Flash attention: 6·L·h·s operations per token (`flops_per_token`), a third of it again if recomputed."""
+    operations = flops_per_token(0, shard.layers, shard.query, setting.seq_length) * setting.tokens
+    again = 4 / 3 if setting.activation_checkpointing == "full" else 1
+    return again * operations / (device.peak * MEASURED["attention"])
+
+
+def _element_wise(shard: Shard, setting: Setting, device: Device) -> float:
+    compiled = "compile" in setting.optimizations
+    hidden, heads, mlp = PASSES["compiled" if compiled else "eager"]
+    passes = hidden * shard.hidden + heads * (shard.query + shard.key_value) + mlp * shard.mlp
+    again = 1 if setting.activation_checkpointing == "none" else 4 / 3
+    kind = "vocabulary" if setting.tp_size > 1 else "whole"
+    kind = "fused" if compiled and "fused_loss" in setting.optimizations else kind
+    layers = again * shard.layers * setting.width * passes
+    return _moved(setting.tokens * (layers + LOSS_PASSES[kind] * shard.vocabulary), device)
+
+
+def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network) -> float:
+    """All-reduces of a micro-batch's hidden states over the TP group, as far as nothing hides them."""
+    if setting.tp_size == 1:
+        return 0.0
+    backward = BLOCKS if "block_all_reduce" in setting.optimizations else shard.block_inputs
+    count = all_reduces(shard.layers, backward, shard.tied)
+    if setting.activation_checkpointing == "full":
+        count += shard.layers * BLOCKS
+    size = 2 * (setting.tp_size - 1) / setting.tp_size * setting.width * setting.tokens * shard.hidden
+    rate = _rate(setting.tp_size, device, network)
+    return MEASURED["tp exposed"] * count * (size / rate + MEASURED["latency"] * math.log2(setting.tp_size))
+
+
+def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network, hidden: float) -> float:
+    """ZeRO's collectives, less the part of them that runs during `hidden` seconds of computation.
+
+    The gather of the new weights after the step, of stages 1 and 2, has nothing to hide behind.
+    """
+    dp, stage = setting.dp_size, setting.zero_stage
+    if dp == 1:
+        return 0.0
+    rate = _rate(setting.tp_size * dp, device, network)
+    total = zero_bytes(shard.parameters, dp, stage, setting.gradient_accumulation_steps, setting.width) / rate
+    gather = (dp - 1) / dp * setting.width * shard.parameters / rate if stage in (1, 2) else 0.0
+    return max(0.0, total - gather - hidden) + gather + MEASURED["latency"] * math.log2(dp)
+
+
+def _optimizer(shard: Shard, setting: Setting, device: Device, kind: str) -> float:
+    """AdamW reads gradient (2 bytes), master and moments (12), writes these and the weight (14): 28 per parameter."""
+    return _moved(STEP_BYTES[kind] * shard.parameters / (setting.dp_size if setting.zero_stage else 1), device)
+
+
+def _moved(size: float, device: Device) -> float:
+    return size / (device.memory_bandwidth * MEASURED["memory"])
+
+
+def _rate(ranks: int, device: Device, network: Network) -> float:
+    """byte/s of a ring: of the links within a node, of the network as soon as it leaves one."""
+    if ranks <= network.gpus_per_node:
+        return device.link_bandwidth * MEASURED["links"]
+    return network.bandwidth * MEASURED["network"]
+
+
+def scaling_curve(
+    hf_config: transformers.PretrainedConfig,
+    setting: Setting,
+    device: Device,
+    gpus: Iterable[int] = tuple(2**i for i in range(11)),
+    network: Network | None = None,
+    global_batch: int | None = None,
+) -> list[dict[str, Any]]:
+    """Expected speed from one GPU to 1,024: TP within a node, DP over all of them.
+
+    Args:
+        setting: of each replica; its dp_size is replaced, and its tp_size cut to the number of GPUs.
+        gpus: how many; a number that tp_size doesn't divide is left out.
+        global_batch: samples per step, to divide among the replicas as accumulation ("strong" scaling); None: each
+            replica keeps its share ("weak" scaling). A number of replicas that doesn't divide it is left out.
+
+    Returns:
+        rows with `gpus`, `tp_size`, `dp_size`, `step_seconds`, `tokens_per_second_per_gpu`, `mfu`.
+    """
+    rows, shards = [], {}
+    whole = Shard.of(hf_config, 1)
+    for count in gpus:
+        tp = min(setting.tp_size, count)
+        dp, accumulation = count // tp, setting.gradient_accumulation_steps
+        if global_batch:
+            accumulation = global_batch // (dp * setting.batch_size_per_gpu)
+        if count % tp or (global_batch and accumulation * dp * setting.batch_size_per_gpu != global_batch):
+            continue
+        here = replace(setting, tp_size=tp, dp_size=dp, gradient_accumulation_steps=accumulation)
+        shards[tp] = shards.get(tp) or Shard.of(hf_config, tp)
+        seconds = step_time(shards[tp], here, device, network).total
+        rate = here.global_tokens / seconds / count
+        rows.append(
+            dict(gpus=count, tp_size=tp, dp_size=dp, step_seconds=seconds, tokens_per_second_per_gpu=rate,
+                 mfu=rate * model_flops(whole, setting.seq_length) / device.peak)
+        )  # fmt: skip
+    return rows
+
+
+def model_flops(whole: Shard, seq_length: int) -> float:
+    """`flops_per_token` of the model that `whole`, its shard at tp_size 1, is: 6·N + 6·L·h·s, without recomputation."""
+    linear = sum(k * n for k, n in layer_products(whole)) * whole.layers + whole.hidden * whole.vocabulary
+    return flops_per_token(linear, whole.layers, whole.hidden, seq_length)
