@@ -298,6 +298,19 @@ def test_tp_size_that_cuts_heads(refused: Callable[..., None], tiny_model: Calla
     refused("tp_size = 8", "the 4 key-value heads", "[1, 2, 4]", model_name=str(tiny_model("qwen3")), tp_size=8)
 
 
+def test_run_that_does_not_fit(
+    refused: Callable[..., None], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of 64 million tokens on H200 GPUs, as Ray would report them: refused with one that fits."""
+    gpus = {"GPU": 2.0, "CPU": 2.0, "accelerator_type:H200": 1.0}
+    monkeypatch.setattr(preflight, "connect", lambda: gpus)
+    monkeypatch.setattr(preflight, "check_placement", lambda *_: [2])
+    settings = dict(model_name=str(tiny_model("llama")), use_gpu=True, tp_size=2)
+    refused("batch_size_per_gpu × seq_length = 1000000 × 64", "H200 has 139.8 GiB", "logits", "activations",
+            "batch_size_per_gpu = 250000, gradient_accumulation_steps = 4 (",
+            batch_size_per_gpu=1_000_000, **settings)  # fmt: skip
+
+
 def test_sequence_longer_than_positions(refused: Callable[..., None], tiny_model: Callable[[str], Path]) -> None:
     refused("seq_length = 257", "end at 256", model_name=str(tiny_model("llama")), seq_length=257)
 

@@ -29,6 +29,7 @@ from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
 from tp2d_helpers.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.engine import load_config, sharding_plan
+from tp2d_helpers.fit import check_gpu_memory
 from tp2d_helpers.planner import parameter_count
 from tp2d_helpers.run_folder import RESIZABLE, continue_run, record_run
 from tp2d_helpers.storage import check_checkpoints, check_storage
@@ -88,6 +89,7 @@ def preflight(config: Config) -> Plan:
     counts = check_placement(first, resources_per_worker)
     rows.append(("precision", *check_precision(config, resources)))
     rows.append(("model", *check_model(config)))
+    rows += check_gpu_memory(config, resources)
     rows += describe_placement(config, counts)
     steps, *described = check_data(config)
     rows.append(("data", *described))
