@@ -49,6 +49,7 @@ def wait_for_turn(job: dict[str, Any]) -> None:
         if os.getppid() != parent:
             sys.exit("the process that started this one is gone")
         time.sleep(0.02)
+    os.environ["MASTER_PORT"] = Path(job["go"]).read_text()
 
 
 def connect() -> torch.device:

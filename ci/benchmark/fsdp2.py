@@ -114,6 +114,9 @@ class Peer:
         groups: dict[int, list[torch.nn.Parameter]] = {}
         for parameter in self.model.parameters():
             groups.setdefault(parameter.device_mesh.ndim, []).append(parameter)
+        # What TP ranks hold copies of; a tensor, for the norm of the gradients without a wait for the GPU.
+        copies = [p.device_mesh.ndim == 1 or p.placements[-1].is_replicate() for p in self.model.parameters()]
+        self.copied = torch.tensor(copies, device=self.device)
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups.values()], lr=1e-5, weight_decay=0.01, fused=True
         )
@@ -144,29 +147,26 @@ class Peer:
 
     def update(self) -> None:
         """Clip by the global norm, step, forget the gradients."""
-        clip_gradients(self.model, self.mesh)
+        clip_gradients(list(self.model.parameters()), self.copied, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 @torch.no_grad()
-def clip_gradients(model: torch.nn.Module, mesh: DeviceMesh, max_norm: float = MAX_GRAD_NORM) -> torch.Tensor:
-    """Scale gradients to a global norm of at most `max_norm`; return the norm before.
+def clip_gradients(parameters: list[torch.nn.Parameter], copied: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Scale gradients to a global norm of at most `MAX_GRAD_NORM`; return the norm before, a 0-dim tensor.
 
     On the local shards: `clip_grad_norm_` takes no gradients of two meshes. DP ranks hold disjoint parts of everything,
-    TP ranks disjoint parts of what TP divides and copies of the rest, which count once.
+    TP ranks disjoint parts of what TP divides, and copies of the rest (where `copied` is true), which count once.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     shards = [parameter.grad.to_local() for parameter in parameters]
-    copies = [p.device_mesh.ndim == 1 or p.placements[-1].is_replicate() for p in parameters]
-    norms = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square()
-    copied = torch.tensor(copies, device=norms.device)
-    divided = torch.where(copied, 0.0, norms).sum()
-    dist.all_reduce(divided, group=mesh["tp"].get_group())
-    square = divided + torch.where(copied, norms, 0.0).sum()
-    dist.all_reduce(square, group=mesh["dp"].get_group())
-    norm = square.sqrt()
-    torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    squares = torch.stack(torch._foreach_norm(shards, 2, dtype=torch.float32)).square()
+    total = torch.where(copied, 0.0, squares).sum()
+    dist.all_reduce(total, group=mesh["tp"].get_group())
+    total += torch.where(copied, squares, 0.0).sum()
+    dist.all_reduce(total, group=mesh["dp"].get_group())
+    norm = total.sqrt()
+    torch._foreach_mul_(shards, (MAX_GRAD_NORM / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

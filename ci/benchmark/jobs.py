@@ -24,13 +24,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def worker_environment(processes: int, rank: int, port: int) -> dict[str, str]:
-    """What torchrun would set, for communication within this machine; other variables that are set already stay."""
+def worker_environment(processes: int, rank: int) -> dict[str, str]:
+    """What torchrun would set but the port, for communication within this machine; variables that are set stay."""
     threads = max(1, min(8, (os.cpu_count() or 1) // processes))
     defaults = dict(OMP_NUM_THREADS=str(threads), GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo",
                     TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1")  # fmt: skip
     place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
-                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+                 MASTER_ADDR="127.0.0.1")  # fmt: skip
     return {**defaults, **os.environ, **{name: str(value) for name, value in place.items()}}
 
 
@@ -50,11 +50,10 @@ class Job:
         settings = {**settings, "result": str(self.result), "go": str(self.go), "raw": str(folder / "raw.json")}
         path = folder / "job.json"
         path.write_text(json.dumps(settings, indent=1))
-        port = free_port()
         self.logs = [folder / f"rank{rank}.log" for rank in range(processes)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            environment = {**worker_environment(processes, rank, port), **(env or {})}
+            environment = {**worker_environment(processes, rank), **(env or {})}
             with open(log, "wb") as file:
                 self.processes.append(
                     subprocess.Popen([sys.executable, str(HERE / script), str(path)], env=environment, stdout=file,
@@ -62,8 +61,10 @@ class Job:
                 )  # fmt: skip
 
     def release(self) -> None:
-        """Let the processes begin."""
-        self.go.touch()
+        """Let the processes begin. They read the port of their rendezvous: one that is free now."""
+        scratch = self.go.with_suffix(".tmp")
+        scratch.write_text(str(free_port()))
+        scratch.replace(self.go)
 
     def wait(self, seconds: float) -> str | None:
         """Wait until all have ended; None if all went well, else the reason in a line. Leaves no process behind."""

@@ -9,6 +9,7 @@ TEMPLATE_SEQ = 2048  # of the template's settings at the large shape
 DEFAULT = ("ours", "fsdp2_sp", "template_settings", "dp_zero1", "ours_text", "template", "fsdp2_tp", "dp_zero3",
            "ours_1x512")  # fmt: skip
 ALSO = ("fsdp2_async", "ours_text_dp", "torchtitan")  # by name only
+SMALL = ("template", "ours_text", "ours_text_dp", "ours_1x512")  # at the small shape
 OURS = ("ours", "ours_text", "ours_text_dp", "ours_1x512")
 
 

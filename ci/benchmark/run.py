@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job
-from lineup import ALSO, DEFAULT, jobs, scaled
+from lineup import ALSO, DEFAULT, SMALL, jobs, scaled
 from results import FORMULA, best, row, summary, table
 
 INPUT_SECONDS = 240  # to write the models and the text
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=8, help="optimizer steps, the warm-up included")
     add("--warmup", type=int, default=3, help="steps that don't count: compilation, caches")
     add("--time-limit", type=float, default=540, help="seconds for everything")
-    add("--candidate-limit", type=float, default=150, help="seconds for one candidate")
+    add("--candidate-limit", type=float, default=200, help="seconds for one candidate")
     add("--scratch", type=Path, default=Path("/dev/shm/bench"), help="for models, logs and traces")
     add("--out", type=Path, required=True)
     add("--plot", type=Path, help="draw the figure into this PNG")
@@ -93,9 +93,9 @@ class Benchmark:
             SystemExit: if that fails.
         """
         options, began = self.options, time.monotonic()
-        models = {name: str(self.model(name)) for name in {options.shape, options.small_shape or "qwen2.5-0.5b"}}
-        if options.shape == "demo" and not options.small_shape:
-            models.pop("qwen2.5-0.5b")
+        options.small_shape = options.small_shape or ("demo" if options.shape == "demo" else "qwen2.5-0.5b")
+        shapes = {options.small_shape if name in SMALL else options.shape for name in options.only}
+        models = {shape: str(self.model(shape)) for shape in shapes}
         settings = dict(models=models, layers={options.shape: options.layers}, text=str(self.scratch / "text"))
         job = Job("inputs.py", settings, 1, self.scratch / "jobs" / "inputs", self.env)
         if error := job.wait(min(INPUT_SECONDS, options.time_limit)):
@@ -104,7 +104,6 @@ class Benchmark:
         on_gpu = self.report["device"] == "cuda"
         if not on_gpu:
             self.env |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        options.small_shape = options.small_shape or ("demo" if options.shape == "demo" else "qwen2.5-0.5b")
         options.small = scaled(options.small_shape, on_gpu)
         self.write()
 

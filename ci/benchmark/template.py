@@ -28,7 +28,6 @@ def settings_trainer(job: dict[str, Any], rank: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     from tp2d_helpers.mpu import ModelParallelUnit
-    from tp2d_helpers.planner import shard_parameters
 
     cuda = torch.cuda.is_available()
     if not cuda:  # else DeepSpeed compiles, for half a minute, a kernel that only inference uses
@@ -63,13 +62,13 @@ def settings_trainer(job: dict[str, Any], rank: int) -> Any:
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    shard, width = shard_parameters(model.config, job["tp"]), 2 if cuda else 4
+    held, width = sum(parameter.numel() for parameter in engine.module.parameters()), 2 if cuda else 4
     return Trainer(
         config=model.config,
         dp_rank=mpu.dp_rank,
         step=step,
         update=(engine, "step"),
-        state_bytes=width * shard * (1 + 3 / job["dp"]),  # weights, and masters and two moments in the same dtype
+        state_bytes=width * held * (1 + 3 / job["dp"]),  # weights, and masters and two moments in the same dtype
     )
 
 
@@ -115,6 +114,7 @@ def instrument(names: dict[str, Any], job: dict[str, Any]) -> None:
                 useful=[int(mask.sum()) for mask in masks],
                 positions=[mask.numel() for mask in masks],
                 peak_gib=peak.item() or None,
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
             )
             Path(job["raw"]).write_text(json.dumps(found))
 
@@ -148,6 +148,10 @@ def run_cells(config: dict[str, Any]) -> None:
 
 def result_of(raw: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     """The record of a run, as `candidate.py` writes them. The positions are rank 0's; other replicas have as many."""
+    from tp2d_helpers.engine import load_config, meta_model
+    from tp2d_helpers.metrics import model_flops_per_token, peak_flops
+
+    config = load_config(job["model"])
     seconds = [b - a for a, b in zip(raw["begins"], raw["begins"][1:], strict=False)]
     useful, positions = raw["useful"][:-1], raw["positions"][:-1]
     return dict(
@@ -158,6 +162,8 @@ def result_of(raw: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         peak_gib=raw["peak_gib"],
         init_peak_gib=raw["init_peak_gib"],
         setup_seconds=raw["setup_seconds"],
+        flops_per_token=model_flops_per_token(meta_model(config), config, job["seq"]),
+        peak_flops=peak_flops(raw["gpu"]),
     )
 
 
