@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from tp2d_helpers import fit
+from tp2d_helpers import fit, out_of_memory
 from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.estimate import device_named
@@ -22,10 +23,10 @@ from tp2d_helpers.fit import (
     check_gpu_memory,
     check_memory,
     choose,
-    explain_out_of_memory,
     ways_out,
 )
 from tp2d_helpers.memory import ON_GPU, Setting
+from tp2d_helpers.out_of_memory import explain_out_of_memory
 
 SEVEN = AutoConfig.for_model(**SHAPES["qwen2-7b"])
 SMALL = AutoConfig.for_model(**SHAPES["qwen2.5-0.5b"])
@@ -44,9 +45,9 @@ def test_candidates_fit_and_are_sorted() -> None:
 
 
 def test_tp_where_the_model_does_not_fit_without() -> None:
-    """On 2 H200, plain data parallelism is faster for what fits; on 2 GPUs of 80 GiB the 7B model needs TP."""
+    """Plain data parallelism is faster for what fits; on 2 GPUs of 80 GiB, the 7B model needs TP or recomputation."""
     assert choose(SMALL, H200, 2, 32, 1024).setting.tp_size == 1
-    large = choose(SEVEN, device_named("H100"), 2, 8, 4096)
+    large = choose(SEVEN, device_named("H100"), 2, 8, 2048, modes=["none"])
     assert large.setting.tp_size == 2 and large.memory.total <= SAFE * 79.1 * GIB
     with pytest.raises(ConfigError, match="nothing fits into 1 × H100 of 79 GiB at a global batch of 8 samples"):
         choose(SEVEN, device_named("H100"), 1, 8, 4096)
@@ -99,7 +100,7 @@ def test_tight_is_said_and_not_refused() -> None:
     found, parts = check_memory(config, SEVEN, H200)
     assert "tight" not in parts
     needed = float(found.split()[0])
-    _, parts = check_memory(config, SEVEN, fit.replace(H200, memory=needed / 0.95))
+    _, parts = check_memory(config, SEVEN, replace(H200, memory=needed / 0.95))
     assert parts.endswith("GiB; tight: it may run out of memory")
 
 
@@ -133,7 +134,7 @@ SAID = (
 
 def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line: the configuration, what was asked for and taken, three ways out below what was predicted."""
-    monkeypatch.setattr(fit, "_gpu", lambda: ("NVIDIA H200", 139.8, 137.5))
+    monkeypatch.setattr(out_of_memory, "_gpu", lambda: ("NVIDIA H200", 139.8, 137.5))
     config = make_config(**{**TOO_LARGE, "batch_size_per_gpu": 4}).model_dump()
     with pytest.raises(RuntimeError) as caught, explain_out_of_memory(config, SEVEN):
         raise torch.OutOfMemoryError(SAID)

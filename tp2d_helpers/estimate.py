@@ -107,7 +107,6 @@ def step_time(shard: Shard, setting: Setting, device: Device, network: Network |
     """
     network, count = network or Network(), setting.gradient_accumulation_steps
     how = "compiled" if "compile" in setting.optimizations else "eager"
-    step = "fused" if "fused_step" in setting.optimizations and setting.master_weights == "fp32" else "deepspeed"
     products, attention = _products(shard, setting, device), _attention(shard, setting, device)
     element_wise, tp = _element_wise(shard, setting, device), _tp_seconds(shard, setting, device, network)
     micro = products + attention + element_wise + tp
@@ -116,7 +115,7 @@ def step_time(shard: Shard, setting: Setting, device: Device, network: Network |
     return StepTime(
         products * count, attention * count, element_wise * count, tp * count,
         dp_communication=_dp_seconds(shard, setting, device, network, MEASURED["hidden"] * backward),
-        optimizer=_optimizer(shard, setting, device, step), host=host + HOST_STEP,
+        optimizer=_optimizer(shard, setting, device), host=host + HOST_STEP,
     )  # fmt: skip
 
 
@@ -185,8 +184,9 @@ def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
     return max(0.0, total - gather - hidden) + gather + MEASURED["latency"] * math.log2(dp)
 
 
-def _optimizer(shard: Shard, setting: Setting, device: Device, kind: str) -> float:
+def _optimizer(shard: Shard, setting: Setting, device: Device) -> float:
     """AdamW reads gradient (2 bytes), master and moments (12), writes these and the weight (14): 28 per parameter."""
+    kind = "fused" if setting.one_pass_step else "deepspeed"
     return _moved(STEP_BYTES[kind] * shard.parameters / (setting.dp_size if setting.zero_stage else 1), device)
 
 

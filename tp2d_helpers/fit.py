@@ -6,12 +6,11 @@ out-of-memory error names.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import transformers
 
 from tp2d_helpers.config import Config, ConfigError
@@ -58,8 +57,8 @@ def candidates(
     *,
     base: Setting | None = None,
     tp_sizes: Iterable[int] | None = None,
-    zero_stages: Iterable[int] = (1,),
-    modes: Iterable[str] = MODES,
+    zero_stages: Sequence[int] = (1,),
+    modes: Sequence[str] = MODES,
     limit: float | None = None,
     network: Network | None = None,
 ) -> list[Candidate]:
@@ -79,15 +78,14 @@ def candidates(
         if shard is None or global_batch % dp:
             continue
         for micro in _divisors(global_batch // dp):
-            for stage in zero_stages:
-                for mode in modes:
-                    setting = replace(
-                        base, tp_size=tp, dp_size=dp, zero_stage=stage, batch_size_per_gpu=micro, seq_length=seq_length,
-                        gradient_accumulation_steps=global_batch // dp // micro, activation_checkpointing=mode,
-                    )  # fmt: skip
-                    memory = memory_per_gpu(shard, setting)
-                    if memory.total <= limit:
-                        found.append(Candidate(setting, memory, step_time(shard, setting, device, network)))
+            grid = replace(base, tp_size=tp, dp_size=dp, seq_length=seq_length, batch_size_per_gpu=micro,
+                           gradient_accumulation_steps=global_batch // dp // micro)  # fmt: skip
+            for stage, mode in itertools.product(zero_stages, modes):
+                setting = replace(_without_compiler(grid) if stage == 3 else grid, zero_stage=stage,
+                                  activation_checkpointing=mode)  # fmt: skip
+                memory = memory_per_gpu(shard, setting)
+                if memory.total <= limit:
+                    found.append(Candidate(setting, memory, step_time(shard, setting, device, network)))
     return sorted(found, key=lambda candidate: -candidate.tokens_per_second_per_gpu)
 
 
@@ -138,56 +136,14 @@ def check_memory(config: Config, hf_config: transformers.PretrainedConfig, devic
     if share > 1:
         raise ConfigError(
             f"{describe(setting)}: needs {memory.total / GIB:.1f} GiB per GPU ({describe_parts(memory)}), and "
-            f"{device.name} has {device.memory:.1f} GiB. {_advice(hf_config, device, setting, memory)}"
+            f"{device.name} has {device.memory:.1f} GiB. {advice(hf_config, device, setting, memory)}"
         )
     tight = "; tight: it may run out of memory" if share > SAFE else ""
     return found, describe_parts(memory) + tight
 
 
-@contextlib.contextmanager
-def explain_out_of_memory(
-    config: Mapping[str, Any], hf_config: transformers.PretrainedConfig | None = None
-) -> Iterator[None]:
-    """Around a worker's code: what runs out of GPU memory in it ends with the configuration and the ways out.
-
-    Args:
-        config: the run's settings, by the names in `Config`.
-        hf_config: the model's; loaded if it is needed and not given.
-
-    Raises:
-        RuntimeError: one line, in place of `torch.OutOfMemoryError`.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        message = _explain(config, hf_config, str(error))
-        raise RuntimeError(message) from None
-
-
-def _explain(config: Mapping[str, Any], hf_config: transformers.PretrainedConfig | None, said: str) -> str:
-    setting = Setting.of(config)
-    hf_config = hf_config or load_config(config["model_name"], config.get("trust_remote_code", False))
-    memory = memory_per_gpu(Shard.of(hf_config, setting.tp_size), setting)
-    name, total, allocated = _gpu()
-    device = device_named(name) or device_named("H100")  # for a GPU that isn't known: its speed ranks the ways as well
-    device = replace(device, memory=total or memory.total / GIB)
-    asked = said.split(". ")[1] if said.count(". ") > 1 else said.split("\n")[0]
-    took = f"tensors took {allocated:.1f} of the {device.memory:.1f} GiB of {name}"
-    return (
-        f"out of GPU memory at {describe(setting)}: {asked}; {took}, and {memory.total / GIB:.1f} were predicted. "
-        + _advice(hf_config, device, setting, memory)
-    )
-
-
-def _gpu() -> tuple[str, float | None, float]:
-    """(name, total memory, highest allocated) of this worker's GPU, in GiB."""
-    if not torch.cuda.is_available():
-        return "no GPU", None, 0.0
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return properties.name, properties.total_memory / GIB, torch.cuda.max_memory_allocated() / GIB
-
-
-def _advice(hf_config: transformers.PretrainedConfig, device: Device, setting: Setting, memory: Memory) -> str:
+def advice(hf_config: transformers.PretrainedConfig, device: Device, setting: Setting, memory: Memory) -> str:
+    """The ways out of a setting that doesn't fit, in words, with the GiB and the speed predicted of each."""
     found = ways_out(hf_config, device, setting, min(SAFE * device.memory * GIB, SAFE * memory.total))
     if not found:
         return (
@@ -258,6 +214,11 @@ def _shard(hf_config: transformers.PretrainedConfig, tp_size: int) -> Shard | No
         return Shard.of(hf_config, tp_size) if hf_config.get_text_config().vocab_size % tp_size == 0 else None
     except ConfigError:
         return None
+
+
+def _without_compiler(setting: Setting) -> Setting:
+    """What the engine makes of a setting at ZeRO 3."""
+    return replace(setting, optimizations=setting.optimizations - {"compile"})
 
 
 def _divisors(number: int) -> list[int]:

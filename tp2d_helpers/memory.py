@@ -18,22 +18,15 @@ from tp2d_helpers.planner import shard_parameters, state_bytes
 # (hidden, query, key-value, mlp) width per token. The first width is whole on each rank of a TP group, the others are
 # divided by tp_size: Korthikanti et al. 2022, section 4, without its sequence parallelism.
 #   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
-#              attention's output, and its copy in the output projection's layout; gate, silu(gate), up, their product
-#   compiled   inputs and outputs of the two norms; q, k, v; the attention's output; gate and up. Their product is cheap
-#              to compute again, and the compiler does
-#   in parts   the product, too: a collective that the compiler can't look into ends its graph there
-#   selective  the layer's input; results of the matrix products, of attention and of the sum over the TP group. What
-#              the backward pass doesn't need is kept only where nothing is compiled
+#              attention's output; gate, silu(gate), up, their product
+#   compiled   the layer's input, the norms' outputs, the attention block's output; q, k, v; the attention's output;
+#              gate, up, and their product, an input of a matrix product of the backward pass
+#   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
+#              the group, beside the parts
 #   full       the layer's input
-# On H200 with torch 2.11, eager and compiled peaks are within 6 % of what these say: tests/test_memory.py.
-ACTIVATIONS = {
-    "eager": (8, 3, 2, 4),
-    "compiled": (4, 2, 2, 2),
-    "in parts": (4, 2, 2, 3),
-    "selective, eager": (5, 2, 2, 2),
-    "selective, compiled": (2, 2, 2, 2),
-    "full": (1, 0, 0, 0),
-}
+# tests/test_memory.py counts the tensors of the first two, and has peaks of H200 GPUs that this is within 6 % of.
+ACTIVATIONS = {"eager": (8, 2, 2, 4), "compiled": (4, 2, 2, 3), "selective": (3, 2, 2, 2), "full": (1, 0, 0, 0)}
+SUMS = 2
 BACKWARD = (4, 2, 2, 3)  # gradients of a layer's activations that are there at once, while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
@@ -80,6 +73,11 @@ class Setting:
         else:
             chosen = frozenset(names.split(",") if isinstance(names, str) else names)
         return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": chosen})
+
+    @property
+    def one_pass_step(self) -> bool:
+        """Whether the optimizer's step is `optimizer.fuse_step`'s, and not DeepSpeed's."""
+        return "fused_step" in self.optimizations and self.zero_stage in (1, 2) and self.master_weights == "fp32"
 
     @property
     def tokens(self) -> int:
@@ -175,11 +173,11 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     Kept are per token and layer `ACTIVATIONS` tensors, and of flash attention one fp32 number per head, the log of the
     softmax's sum. A checkpointed layer is computed again before its backward pass: its own activations are added.
     """
-    whole_graph = setting.tp_size == 1 or "block_all_reduce" in setting.optimizations
-    how = "compiled" if "compile" in setting.optimizations else "eager"
-    uncut = ACTIVATIONS["in parts" if how == "compiled" and not whole_graph else how]
+    uncut = ACTIVATIONS["compiled" if "compile" in setting.optimizations else "eager"]
     mode = setting.activation_checkpointing
-    kept = {"none": uncut, "selective": ACTIVATIONS[f"selective, {how}"], "full": ACTIVATIONS["full"]}[mode]
+    kept = uncut if mode == "none" else ACTIVATIONS[mode]
+    if mode == "selective" and setting.tp_size > 1:
+        kept = (kept[0] + SUMS, *kept[1:])
     again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
     widths = (shard.hidden, shard.query, shard.key_value, shard.mlp)
 
@@ -213,6 +211,6 @@ def _step_copies(shard: Shard, setting: Setting) -> float:
     partition = shard.parameters / (setting.dp_size if setting.zero_stage else 1)
     if setting.master_weights == "bf16":
         return setting.width * partition
-    if "fused_step" in setting.optimizations:
+    if setting.one_pass_step:
         return 4 * min(partition, STEP_CHUNK)
     return (setting.width + 4 * (setting.width != 4)) * partition
