@@ -25,6 +25,7 @@ from tp2d_helpers.demo import SHAPES, build_model, build_once
 
 ROWS = 8000  # of text, if the standard library has as many
 LENGTHS = (80, 1200)  # characters of a row, as most paragraphs of WikiText have
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "turtledemo", "pip"}
 PACKAGES = ("torch", "transformers", "deepspeed", "ray", "liger_kernel", "triton", "torchtitan")
 
 
@@ -57,7 +58,7 @@ def short_documents(rows: int = ROWS) -> list[str]:
     found = [" ".join(part.split()) for text in topics.values() for part in re.split(r"\n\s*\n", text)]
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "lib2to3"} & set(path.relative_to(library).parts):
+        if not LEFT_OUT & set(path.relative_to(library).parts):
             try:
                 found += paragraphs(path.read_text(encoding="utf-8"))
             except (SyntaxError, UnicodeDecodeError):  # templates and samples of other encodings
