@@ -71,7 +71,7 @@ def test_padding(train: Train, lines: str, tp_size: int, dp_size: int) -> None:
 
 
 def test_activation_checkpointing(train: Train) -> None:
-    assert_equal_runs(train("qwen2-tied", tp_size=2, dp_size=2, activation_checkpointing=True), train("qwen2-tied"))
+    assert_equal_runs(train("qwen2-tied", tp_size=2, dp_size=2, activation_checkpointing="full"), train("qwen2-tied"))
 
 
 @pytest.mark.parametrize("tp_size, dp_size", [(2, 1), (2, 2)])

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
+# What makes a step faster without changing what it computes, and can be turned off (`layers.py`, `optimizer.py`).
+OPTIMIZATIONS = ("compile", "block_all_reduce", "fused_loss", "fused_step")
 
 
 class ConfigError(ValueError):
@@ -62,7 +64,8 @@ class Config(BaseModel):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    optimizations: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     # Length of the run, what it prints and keeps.
     debug_steps: NonNegativeInt = 0
@@ -97,6 +100,14 @@ class Config(BaseModel):
         if not path:
             raise ValueError("must be the path of a folder")
         return path if path == "auto" else str(Path(path).expanduser().absolute())
+
+    @field_validator("optimizations")
+    @classmethod
+    def _are_optimizations(cls, text: str) -> str:
+        names = [] if text in ("auto", "none") else [name.strip() for name in text.split(",")]
+        if unknown := [name for name in names if name not in OPTIMIZATIONS]:
+            raise ValueError(f"{unknown} unknown; must be 'auto', 'none', or some of {', '.join(OPTIMIZATIONS)}")
+        return ",".join(names) or text
 
     @property
     def num_workers(self) -> int:

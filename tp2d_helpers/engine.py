@@ -18,8 +18,10 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers import layers
+from tp2d_helpers.config import OPTIMIZATIONS, ConfigError, reason
 from tp2d_helpers.mpu import ModelParallelUnit
+from tp2d_helpers.optimizer import fuse_step
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
@@ -108,12 +110,14 @@ def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, An
     """
     tp_size, zero_stage = config["tp_size"], config.get("zero_stage", 1)
     micro_batch, accumulation = config["batch_size_per_gpu"], config.get("gradient_accumulation_steps", 1)
+    # With one replica nothing travels, and DeepSpeed would wait for the GPU after each backward pass.
+    overlap = config["dp_size"] > 1 and dtype != torch.float32
     result: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * config["dp_size"],
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.get("max_grad_norm", 1.0),
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": dtype != torch.float32},
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": overlap},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -157,8 +161,6 @@ def setup_model_with_autotp(
     # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
     transformers.set_seed(seed)
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
-    if config.get("activation_checkpointing"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     planned = planned_shapes(model, tp_size)
     optimizer, schedule = _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
@@ -169,9 +171,36 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     _check_shards(engine.module, planned)
+    optimize(engine, config)
     # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
     transformers.set_seed(seed + 1 + mpu.dp_rank)
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
+
+
+def chosen_optimizations(config: dict[str, Any]) -> set[str]:
+    """The names of `OPTIMIZATIONS` that this run uses; "auto" takes those that help on this device."""
+    names = config.get("optimizations", "auto")
+    if names != "auto":
+        return set() if names == "none" else set(names.split(","))
+    left_out = set() if torch.cuda.is_available() else {"compile"}  # a minute of compiling, for little on CPUs
+    if config.get("zero_stage", 1) == 3:  # gathers each layer's weights when that layer is called, and not before
+        left_out = {"compile", "block_all_reduce"}
+    return set(OPTIMIZATIONS) - left_out
+
+
+def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any]) -> None:
+    """Make the engine's step faster; what it computes stays the same."""
+    names, model = chosen_optimizations(config), engine.module
+    compiled = "compile" in names
+    if "block_all_reduce" in names:
+        layers.reduce_once_per_block(model)
+    if "fused_loss" in names:
+        layers.fuse_loss(model, compiled)
+    if "fused_step" in names:
+        fuse_step(engine)
+    layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
+    if compiled:
+        layers.compile_layers(model)
 
 
 def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:

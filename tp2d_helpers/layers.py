@@ -1,0 +1,228 @@
+"""What makes the sharded layers fast: fewer all-reduces, compiled layers, a loss on the divided vocabulary.
+
+AutoTP puts a collective into every layer that it shards, as a call that a compiler can't look into. Here the same sums
+are written as functional collectives, which `torch.compile` traces. So a decoder layer becomes one graph, and the
+compiler moves the backward pass's all-reduces behind the weight gradients, which don't depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+ROW_PARTS = 1  # in how many parts a row-wise product is summed up
+IGNORED = -100  # the label of a position that has no target
+
+
+def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
+    """Start an all-reduce into a new tensor, which `wait` makes ready. What comes between the two overlaps with it."""
+    # Not torch.distributed._functional_collectives.all_reduce, which waits at once in a graph.
+    return torch.ops._c10d_functional.all_reduce(tensor, operation, group.group_name)
+
+
+def wait(tensor: torch.Tensor) -> torch.Tensor:
+    """Let the device wait for `all_reduce`."""
+    return torch.ops._c10d_functional.wait_tensor(tensor)
+
+
+class ColumnProducts(torch.autograd.Function):
+    """Y_i = X A_iᵀ + b_i for all column-wise layers that share the input X: q, k and v, or gate and up.
+
+    The gradient of X is summed over the TP group once, for all of them: f in Megatron-LM (Shoeybi et al. 2019, section
+    3). The sum travels while the gradients of the weights, which don't depend on it, are computed.
+
+    Layers of unequal width are computed as one product: those of few key-value heads alone can't fill a GPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.group, ctx.sizes, ctx.biased = group, [weight.shape[0] for weight in weights], biases[0] is not None
+        ctx.merged = len(set(ctx.sizes)) > 1
+        ctx.save_for_backward(x, *weights)
+        if ctx.merged:
+            return F.linear(x, torch.cat(weights), torch.cat(biases) if ctx.biased else None).split(ctx.sizes, -1)
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        parts = [gradient.flatten(0, -2) for gradient in gradients]
+        if ctx.merged:
+            parts, weights = [torch.cat(parts, -1)], [torch.cat(weights)]
+        dx = parts[0] @ weights[0]
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            dx = torch.addmm(dx, part, weight)
+        dx = all_reduce(dx, ctx.group)
+        rows = x.flatten(0, -2)
+        dw, db = [part.T @ rows for part in parts], [part.sum(0) if ctx.biased else None for part in parts]
+        if ctx.merged:
+            dw = dw[0].split(ctx.sizes)
+            db = db[0].split(ctx.sizes) if ctx.biased else [None] * len(ctx.sizes)
+        return wait(dx).view_as(x), None, *dw, *db
+
+
+class RowProduct(torch.autograd.Function):
+    """Z = Σ_i Y_i B_iᵀ, a sum over the TP group: g in Megatron-LM. One part of Z travels while the next is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.save_for_backward(y, weight)
+        rows = y.flatten(0, -2)
+        sums = [all_reduce(F.linear(part, weight), group) for part in rows.chunk(ROW_PARTS)]
+        z = torch.cat([wait(part) for part in sums]) if len(sums) > 1 else wait(sums[0])
+        return z.view(*y.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        y, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).T @ y.flatten(0, -2), None
+
+
+class ColumnLinear(LinearLayer):
+    """Hands out its part of its block's `ColumnProducts`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part, self.part = self.part, None
+        return part
+
+
+class RowLinear(LinearAllreduce):
+    """AutoTP's row-wise layer with a sum that the compiler can see."""
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        z = RowProduct.apply(y, self.weight, self.mp_group)
+        return z if self.bias is None else z + self.bias
+
+
+class VocabLinear(VocabParallelLinear):
+    """The head, whose input's gradient travels while its weight's is computed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ColumnProducts.apply(x, self.mp_group, self.weight, self.bias)[0]
+
+
+FASTER = {LinearAllreduce: RowLinear, VocabParallelLinear: VocabLinear}
+
+
+def reduce_once_per_block(model: torch.nn.Module) -> None:
+    """Let each attention and MLP block reduce its input's gradient once, not once per column-wise layer.
+
+    Two all-reduces per layer in the backward pass instead of five. The layers keep weights, names and checkpoints.
+    """
+    for block in list(model.modules()):
+        children = [child for child in block.children() if getattr(child, "is_tp_parallel", False)]
+        columns = [child for child in children if type(child) is LinearLayer]
+        for child in children:
+            child.__class__ = FASTER.get(type(child), type(child))
+        for column in columns:
+            column.__class__, column.part = ColumnLinear, None
+        if columns:
+            block.register_forward_pre_hook(partial(_enter_block, columns), with_kwargs=True)
+
+
+def _enter_block(columns: list[ColumnLinear], _: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    x = args[0] if args else kwargs["hidden_states"]
+    weights, biases = [column.weight for column in columns], [column.bias for column in columns]
+    for column, part in zip(columns, ColumnProducts.apply(x, columns[0].mp_group, *weights, *biases), strict=True):
+        column.part = part
+
+
+class CrossEntropy(torch.autograd.Function):
+    """−log softmax(logits)[target] of each position, with the vocabulary divided over the TP group.
+
+    Each rank has the logits of its tokens only: [positions, V/t]. What travels is three numbers per position. The
+    gradient, softmax − onehot, is computed from the logits again, so that nothing in fp32 is kept between the passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None, first: int
+    ) -> torch.Tensor:
+        scores, local = logits.float(), targets - first
+        mine = (local >= 0) & (local < logits.shape[-1])
+        picked = scores.gather(-1, torch.where(mine, local, 0).unsqueeze(-1)).squeeze(-1)
+        picked, normaliser = torch.where(mine, picked, 0.0), torch.logsumexp(scores, -1)
+        if group is not None:
+            highest = wait(all_reduce(normaliser, group, "max"))
+            sums = all_reduce(torch.stack([torch.exp(normaliser - highest), picked]), group)
+            total, picked = wait(sums).unbind()
+            normaliser = highest + torch.log(total)
+        ctx.save_for_backward(logits, targets, normaliser)
+        ctx.first = first
+        return torch.where(targets != IGNORED, normaliser - picked, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        target = torch.arange(logits.shape[-1], device=logits.device) == (targets - ctx.first).unsqueeze(-1)
+        weight = torch.where(targets != IGNORED, gradient, 0.0).unsqueeze(-1)
+        softmax = torch.exp(logits.float() - normaliser.unsqueeze(-1))
+        return (torch.where(target, softmax - 1, softmax) * weight).to(logits.dtype), None, None, None
+
+
+def causal_lm_loss(group: dist.ProcessGroup | None, first: int) -> Callable[..., torch.Tensor]:
+    """The loss of next-token prediction, with the signature of `transformers`' loss functions.
+
+    Args:
+        group: the TP group that the vocabulary is divided over; None if it isn't.
+        first: this rank's first token id.
+    """
+
+    def loss(
+        logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor:
+        targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # cheaper than to cut the logits, which copies them
+        losses = CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), group, first)
+        count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / count
+
+    return loss
+
+
+def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
+    """Replace the model's loss by `causal_lm_loss`."""
+    head = model.get_output_embeddings()
+    parallel = isinstance(head, VocabParallelLinear)
+    loss = causal_lm_loss(head.mp_group if parallel else None, head.vocab_start_index if parallel else 0)
+    model.loss_function = torch.compile(loss, dynamic=False) if compiled else loss
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
+    # The compiler orders a graph by its memory, and would wait for a sum before it computes what is independent of it.
+    torch._inductor.config.reorder_for_compute_comm_overlap = True
+    torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["sink_waits"]
+    for layer in model.base_model.layers:
+        layer.compile(dynamic=False)
+
+
+# What "selective" checkpointing keeps: the results of matrix products, attention and communication. The element-wise
+# rest is cheap to compute again.
+KEPT = {"mm", "addmm", "bmm", "all_reduce", "wait_tensor"}
+
+
+def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else ""
+    keep = name in KEPT or name.startswith("_scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(model: torch.nn.Module, mode: str) -> None:
+    """Keep only the inputs of each decoder layer ("full"), or what is costly to recompute as well ("selective")."""
+    if mode == "none":
+        return
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    for layer in model.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, **kwargs)
