@@ -116,7 +116,7 @@ def options(*arguments: str) -> Any:
 def test_line_up_takes_as_many_tokens_per_step() -> None:
     command = options("--shape", "qwen2-7b", "--optimizations", "none,compile+fused_loss", "--micro-batch", "2,4")
     tokens = set()
-    for name in ("ours", "fsdp2_sp", "fsdp2_tp", "fsdp2_async", "dp_zero1", "dp_zero3"):
+    for name in ("ours", "fsdp2_sp", "fsdp2_tp", "fsdp2_async", "fsdp2_dp", "dp_zero1", "dp_zero3"):
         for job in lineup.jobs(name, command):
             tokens.add(job["micro_batch"] * job["accumulation"] * job["dp"] * job["seq"])
             assert job["tp"] * job["dp"] == 2

@@ -87,6 +87,11 @@ def initialise(model: torch.nn.Module, device: torch.device, rank: int) -> None:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
 
 
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean over the targets, computed in fp32."""
+    return F.cross_entropy(logits.float(), targets)
+
+
 class Peer:
     """The model, its optimizer and one optimizer step."""
 
@@ -98,9 +103,12 @@ class Peer:
         self.config.use_cache = False
         self.model = meta_model(self.config).float()
         self.sync_last = job["sync"] == "last"
+        # Compiled as torchtitan does it, or as it is: one dtype less to keep.
+        self.cross_entropy = torch.compile(cross_entropy, dynamic=False) if job["compiled_loss"] else F.cross_entropy
         if job["async_tp"]:
             micro_pipeline_tp(self.mesh["tp"])
-        apply_tp(self.model, self.mesh["tp"], job["sequence_parallel"])
+        if job["tp"] > 1:
+            apply_tp(self.model, self.mesh["tp"], job["sequence_parallel"])
         if cuda:
             self.attention = sdpa_kernel(ATTENTION, set_priority=True)  # kept: it ends when it is collected
             self.attention.__enter__()
@@ -143,7 +151,7 @@ class Peer:
         """Mean cross-entropy of the next token. The positions are given: the embedding's output may be divided."""
         logits = self.model(input_ids=ids, position_ids=self.positions, use_cache=False).logits
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return self.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def update(self) -> None:
         """Clip by the global norm, step, forget the gradients."""

@@ -8,7 +8,7 @@ from typing import Any
 TEMPLATE_SEQ = 2048  # of the template's settings at the large shape
 DEFAULT = ("ours", "fsdp2_sp", "template_settings", "dp_zero1", "ours_text", "template", "fsdp2_tp", "dp_zero3",
            "ours_1x512")  # fmt: skip
-ALSO = ("fsdp2_async", "ours_text_dp", "torchtitan")  # by name only
+ALSO = ("fsdp2_async", "fsdp2_dp", "ours_text_dp", "torchtitan")  # by name only
 SMALL = ("template", "ours_text", "ours_text_dp", "ours_1x512")  # at the small shape
 OURS = ("ours", "ours_text", "ours_text_dp", "ours_1x512")
 
@@ -22,6 +22,8 @@ def labels(job: dict[str, Any]) -> str:
         parts.append(f"checkpointing {job['activation_checkpointing']}")
     if job["sync"] != "last":
         parts.append("reduced each micro-batch")
+    if job["compiled_loss"]:
+        parts.append("compiled loss")
     return ", ".join(parts)
 
 
@@ -34,8 +36,8 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     gpus, small = options.gpus, options.small
     job: dict[str, Any] = dict(
         name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
-        activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="", shape=options.shape,
-        steps=options.steps, warmup=options.warmup, profile=name in options.profile,
+        activation_checkpointing="none", sequence_parallel=False, async_tp=False, compiled_loss=False, text="",
+        shape=options.shape, steps=options.steps, warmup=options.warmup, profile=name in options.profile,
     )  # fmt: skip
     if name == "ours":
         tp = options.tp or gpus // (options.dp or 1)
@@ -46,9 +48,11 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for size in options.micro_batch
         ]
     if name.startswith("fsdp2"):
-        job |= dict(kind="fsdp2", sequence_parallel=name != "fsdp2_tp", async_tp=name == "fsdp2_async")
+        job |= dict(kind="fsdp2", sequence_parallel=name in ("fsdp2_sp", "fsdp2_async"), async_tp=name == "fsdp2_async")
+        job |= dict(tp=1, dp=gpus) if name == "fsdp2_dp" else {}
         return [
-            batch(job | {"sync": sync}, size, options.global_batch)
+            batch(job | {"sync": sync, "compiled_loss": loss == "compiled"}, size, options.global_batch)
+            for loss in options.fsdp2_loss
             for sync in options.fsdp2_sync
             for size in options.peer_micro_batch
         ]

@@ -24,13 +24,19 @@ from matplotlib.ticker import MaxNLocator
 
 OURS, PEERS = "#0b6e4f", "#9aa5b1"
 TITLES = {
-    "ours": "this notebook", "ours_text": "this notebook", "ours_text_dp": "this notebook, data parallel only",
+    "ours": "this notebook",
+    "ours_text": "this notebook",
+    "ours_text_dp": "this notebook, data parallel only",
     "ours_1x512": "this notebook, a small step",
-    "fsdp2_sp": "FSDP2 + DTensor, sequence parallel", "fsdp2_tp": "FSDP2 + DTensor, tensor parallel",
-    "fsdp2_async": "FSDP2 + DTensor, async TP", "dp_zero1": "DeepSpeed ZeRO 1, data parallel only",
-    "dp_zero3": "DeepSpeed ZeRO 3, data parallel only", "template_settings": "AutoTP, published template's settings",
+    "fsdp2_sp": "FSDP2 + DTensor, sequence parallel",
+    "fsdp2_tp": "FSDP2 + DTensor, tensor parallel",
+    "fsdp2_async": "FSDP2 + DTensor, async TP",
+    "fsdp2_dp": "FSDP2, data parallel only",
+    "dp_zero1": "DeepSpeed ZeRO 1, data parallel only",
+    "dp_zero3": "DeepSpeed ZeRO 3, data parallel only",
+    "template_settings": "AutoTP, published template's settings",
     "template": "published template, as it is",
-}  # fmt: skip
+}
 
 
 def entries(reports: list[dict[str, Any]], shape: str, everything: bool = False) -> list[dict[str, Any]]:

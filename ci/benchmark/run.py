@@ -23,6 +23,9 @@ from jobs import Job
 from lineup import ALSO, DEFAULT, SMALL, jobs, scaled
 from results import FORMULA, best, row, summary, table
 
+# torchtitan/distributed/utils.py, maybe_enable_amp: "Mixed precision training with TP or PP is only supported when
+# FSDP/HSDP/CP is enabled", which it is from two FSDP ranks on. 0.3.0 wants a nightly PyTorch and an older `datasets`.
+TORCHTITAN = "torchtitan 0.2.2 has no bf16 computation with fp32 masters at dp 1; fsdp2_sp is put together like it"
 INPUT_SECONDS = 240  # to write the models and the text
 BUILD_SECONDS = 20  # under which it makes no sense to start another candidate
 
@@ -47,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--optimizations", default="auto", help='of ours: "auto", "none" or names joined by +; several by commas')
     add("--activation-checkpointing", default="none", help="of ours")
     add("--fsdp2-sync", type=names, default=["last"], help="reduce gradients at the last micro-batch, or at each")
+    add("--fsdp2-loss", type=names, default=["eager"], help="eager, compiled, or both")
     add("--only", type=names, default=list(DEFAULT), help=f"of {', '.join(DEFAULT + ALSO)}")
     add("--profile", type=names, default=[], help="candidates to trace one step of")
     add("--template", type=Path, help="the published template's notebook")
@@ -118,8 +122,7 @@ class Benchmark:
         for name in self.options.only:
             reason = None
             if name == "torchtitan":
-                installed = self.report["versions"].get("torchtitan")
-                reason = "not installed" if not installed else "installed, but not measured by this command"
+                reason = TORCHTITAN if self.report["versions"].get("torchtitan") else f"not installed; {TORCHTITAN}"
             elif name == "template" and not self.options.template:
                 reason = "no notebook was named (--template)"
             if reason:
