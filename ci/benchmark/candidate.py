@@ -8,9 +8,11 @@ measured. A rank that fails writes `<result>.error` and ends at once; `run.py` t
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -136,6 +138,7 @@ def main() -> None:
     """Run the job; end at once either way: threads of communication libraries may not end by themselves."""
     job, rank, code = json.loads(Path(sys.argv[1]).read_text()), int(os.environ["RANK"]), 0
     wait_for_turn(job)
+    faulthandler.register(signal.SIGTERM, chain=True)  # one that hangs leaves in its log where
     try:
         measure(job, rank)
     except BaseException as error:

@@ -22,8 +22,6 @@ def labels(job: dict[str, Any]) -> str:
         parts.append(f"checkpointing {job['activation_checkpointing']}")
     if job["sync"] != "last":
         parts.append("reduced each micro-batch")
-    if job["compiled_loss"]:
-        parts.append("compiled loss")
     return ", ".join(parts)
 
 
@@ -36,7 +34,7 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     gpus, small = options.gpus, options.small
     job: dict[str, Any] = dict(
         name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
-        activation_checkpointing="none", sequence_parallel=False, async_tp=False, compiled_loss=False, text="",
+        activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="",
         shape=options.shape, steps=options.steps, warmup=options.warmup, profile=name in options.profile,
     )  # fmt: skip
     if name == "ours":
@@ -51,8 +49,7 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         job |= dict(kind="fsdp2", sequence_parallel=name in ("fsdp2_sp", "fsdp2_async"), async_tp=name == "fsdp2_async")
         job |= dict(tp=1, dp=gpus) if name == "fsdp2_dp" else {}
         return [
-            batch(job | {"sync": sync, "compiled_loss": loss == "compiled"}, size, options.global_batch)
-            for loss in options.fsdp2_loss
+            batch(job | {"sync": sync}, size, options.global_batch)
             for sync in options.fsdp2_sync
             for size in options.peer_micro_batch
         ]
