@@ -31,7 +31,7 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     The accumulation makes up the rest of the global batch, so that all candidates take as many tokens per optimizer
     step; the template's settings have no accumulation, and the small shape has batches of its own.
     """
-    gpus, small = options.gpus, options.small
+    gpus = options.gpus
     job: dict[str, Any] = dict(
         name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
         activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="",
@@ -59,14 +59,17 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     if name == "template_settings":
         seq = min(TEMPLATE_SEQ, options.seq)
         return [job | dict(kind=name, micro_batch=1, accumulation=1, seq=seq)]
-    job |= dict(shape=options.small_shape, text="text")
-    if name == "template":
-        return [job | dict(kind=name, micro_batch=1, accumulation=1, seq=small["template_seq"], steps=20, warmup=5)]
-    if name == "ours_1x512":
-        return [job | dict(micro_batch=1, accumulation=1, seq=small["template_seq"], steps=20, warmup=5)]
-    if name == "ours_text_dp":
-        job |= dict(tp=1, dp=gpus)
-    return [job | {key: small[key] for key in ("micro_batch", "accumulation", "seq")}]
+    return [small_job(job | dict(shape=options.small_shape, text="text"), options.small)]
+
+
+def small_job(job: dict[str, Any], small: dict[str, int]) -> dict[str, Any]:
+    """The job of a candidate at the small shape: one micro-batch of one sample as in the template, or a full GPU."""
+    if job["name"] in ("template", "ours_1x512"):
+        job |= dict(micro_batch=1, accumulation=1, seq=small["template_seq"], steps=20, warmup=5)
+        return job | ({"kind": "template"} if job["name"] == "template" else {})
+    if job["name"] == "ours_text_dp":
+        job |= dict(tp=1, dp=job["tp"])
+    return job | {key: small[key] for key in ("micro_batch", "accumulation", "seq")}
 
 
 def batch(job: dict[str, Any], size: int, total: int, accumulation: int = 0) -> dict[str, Any]:

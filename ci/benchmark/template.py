@@ -20,6 +20,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 CELLS = (7, 9, 11, 13, 15)  # imports, data, engine, checkpoints, train_func
 
 
+def settings_config(job: dict[str, Any], bf16: bool) -> dict[str, Any]:
+    """The template's DeepSpeed config."""
+    config: dict[str, Any] = {
+        "train_batch_size": job["micro_batch"] * job["accumulation"] * job["dp"],
+        "train_micro_batch_size_per_gpu": job["micro_batch"],
+        "gradient_accumulation_steps": job["accumulation"],
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": job["zero"], "overlap_comm": True},
+        "tensor_parallel": {"autotp_size": job["tp"]},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return config
+
+
 def settings_trainer(job: dict[str, Any], rank: int) -> Any:
     """The template's settings: weights, gradients and Adam's states in bf16, plain AdamW, eager, the mask passed."""
     import deepspeed
@@ -36,20 +53,8 @@ def settings_trainer(job: dict[str, Any], rank: int) -> Any:
     mpu = ModelParallelUnit.from_grid(job["tp"], job["dp"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16 if cuda else torch.float32)
     model = model.to(device)  # whole, on every GPU, before it is sharded
-    config: dict[str, Any] = {
-        "train_batch_size": job["micro_batch"] * job["accumulation"] * job["dp"],
-        "train_micro_batch_size_per_gpu": job["micro_batch"],
-        "gradient_accumulation_steps": job["accumulation"],
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": job["zero"], "overlap_comm": True},
-        "tensor_parallel": {"autotp_size": job["tp"]},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-    if cuda:
-        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings_config(job, cuda), mpu=mpu)
     engine.train()
 
     def step(micro_batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -72,53 +77,69 @@ def settings_trainer(job: dict[str, Any], rank: int) -> Any:
     )
 
 
-def instrument(names: dict[str, Any], job: dict[str, Any]) -> None:
-    """Note each step's begin, loss and positions, from outside of the cells; write them where they save a checkpoint.
+class Watch:
+    """Notes each step's begin, loss and positions, from outside of the template's cells.
 
     A step lasts from the call of the engine to the next. The template itself waits for the GPU in each step, to read
     the loss, so that host times are right.
     """
-    import torch
-    import torch.distributed as dist
 
-    begins: list[float] = []
-    masks: list[torch.Tensor] = []
-    losses: list[torch.Tensor] = []
-    began, setup = time.time(), names["setup_model_with_autotp"]
-    found: dict[str, Any] = {}
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job, self.began = job, time.time()
+        self.begins: list[float] = []
+        self.masks: list[Any] = []
+        self.losses: list[Any] = []
+        self.found: dict[str, Any] = {}
 
-    def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        begins.append(time.perf_counter())
-        masks.append(kwargs["attention_mask"])
+    def before(self, _: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        """As the engine is called."""
+        self.begins.append(time.perf_counter())
+        self.masks.append(kwargs["attention_mask"])
 
-    def after(_: Any, args: tuple, output: Any) -> None:
-        losses.append(output.loss.detach())
+    def after(self, _: Any, args: tuple, output: Any) -> None:
+        """As the engine returns."""
+        self.losses.append(output.loss.detach())
+
+    def built(self, engine: Any) -> None:
+        """As the engine is there: note its memory, and watch its calls."""
+        import torch
+
+        self.found.update(init_peak_gib=peak_gib(), setup_seconds=time.time() - self.began)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        engine.register_forward_pre_hook(self.before, with_kwargs=True)
+        engine.register_forward_hook(self.after)
+
+    def write(self, *_: Any, **__: Any) -> None:
+        """In place of a checkpoint. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        peak = torch.tensor(peak_gib() or 0.0, device=self.losses[0].device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        if dist.get_rank() == 0:
+            self.found.update(
+                begins=self.begins,
+                losses=[loss.item() for loss in self.losses],
+                useful=[int(mask.sum()) for mask in self.masks],
+                positions=[mask.numel() for mask in self.masks],
+                peak_gib=peak.item() or None,
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            )
+            Path(self.job["raw"]).write_text(json.dumps(self.found))
+
+
+def instrument(names: dict[str, Any], job: dict[str, Any]) -> None:
+    """Let the functions of the cells be watched; where they would save a checkpoint, what was seen is written."""
+    watch, setup = Watch(job), names["setup_model_with_autotp"]
 
     @functools.wraps(setup)
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = setup(*args, **kwargs)
-        found.update(init_peak_gib=peak_gib(), setup_seconds=time.time() - began)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        result[0].register_forward_pre_hook(before, with_kwargs=True)
-        result[0].register_forward_hook(after)
+        watch.built(result[0])
         return result
 
-    def write(*_: Any, **__: Any) -> None:
-        peak = torch.tensor(peak_gib() or 0.0, device=losses[0].device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        if dist.get_rank() == 0:
-            found.update(
-                begins=begins,
-                losses=[loss.item() for loss in losses],
-                useful=[int(mask.sum()) for mask in masks],
-                positions=[mask.numel() for mask in masks],
-                peak_gib=peak.item() or None,
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-            )
-            Path(job["raw"]).write_text(json.dumps(found))
-
-    names.update(setup_model_with_autotp=watched, save_checkpoint=write)
+    names.update(setup_model_with_autotp=watched, save_checkpoint=watch.write)
 
 
 def peak_gib() -> float | None:
