@@ -18,6 +18,7 @@ import safetensors.torch
 from grid import Run, assert_equal_runs
 
 from tp2d_helpers.demo import demo_documents
+from tp2d_helpers.layers import compilers
 
 Train = Callable[..., Run]
 MODELS = ["qwen2-tied", "qwen2-untied", "llama", "qwen3", "mistral"]
@@ -70,8 +71,31 @@ def test_padding(train: Train, lines: str, tp_size: int, dp_size: int) -> None:
     assert_equal_runs(run, reference)
 
 
-def test_activation_checkpointing(train: Train) -> None:
-    assert_equal_runs(train("qwen2-tied", tp_size=2, dp_size=2, activation_checkpointing="full"), train("qwen2-tied"))
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing(train: Train, mode: str) -> None:
+    run = train("qwen2-tied", tp_size=2, dp_size=2, activation_checkpointing=mode)
+    assert_equal_runs(run, train("qwen2-tied"))
+
+
+@pytest.mark.parametrize("optimizations", ["none", "block_all_reduce", "fused_loss", "fused_step"])
+@pytest.mark.parametrize("model", ["qwen2-tied", "llama"])
+def test_optimizations(train: Train, model: str, optimizations: str) -> None:
+    """With none it is AutoTP, ZeRO and AdamW as they come; "auto", in all other tests, turns on all but compilation."""
+    run = train(model, tp_size=2, dp_size=2, zero_stage=2, optimizations=optimizations)
+    assert_equal_runs(run, train(model, zero_stage=2))
+    assert_equal_runs(run, train(model, optimizations="none"))
+
+
+@pytest.mark.skipif(not compilers(), reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.parametrize("settings", [
+    dict(model="qwen3"),
+    pytest.param(dict(model="llama", activation_checkpointing="selective"), marks=pytest.mark.slow),
+    pytest.param(dict(model="qwen2-tied", activation_checkpointing="full", zero_stage=2), marks=pytest.mark.slow),
+], ids=lambda settings: " ".join(map(str, settings.values())))  # fmt: skip
+def test_compiled(train: Train, settings: dict[str, Any]) -> None:
+    compiled = "compile,block_all_reduce,fused_loss,fused_step"
+    run = train(**settings, tp_size=2, dp_size=2, optimizations=compiled)
+    assert_equal_runs(run, train(settings["model"]))
 
 
 @pytest.mark.parametrize("tp_size, dp_size", [(2, 1), (2, 2)])

@@ -23,11 +23,12 @@ def _adamw(
         return
     unscale, correction1, correction2 = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     tensor, begin = tl.load(tensors + tl.program_id(0)), tl.load(begins + tl.program_id(0))
-    address, offset = tl.load(addresses + tensor), tl.load(offsets + tensor) + begin
+    address, offset, size = tl.load(addresses + tensor), tl.load(offsets + tensor) + begin, tl.load(sizes + tensor)
     if ALIGNED:  # what the compiler can't know of numbers from memory; without it, it loads one element at a time
-        address, offset, begin = tl.multiple_of(address, 16), tl.multiple_of(offset, 8), tl.multiple_of(begin, 8)
+        address, offset = tl.multiple_of(address, 16), tl.multiple_of(offset, 8)
+        begin, size = tl.multiple_of(begin, 8), tl.multiple_of(size, 8)
     lane = tl.arange(0, BLOCK)
-    inside = begin + lane < tl.load(sizes + tensor)
+    inside = begin + lane < size
     at = offset + lane
     gradient = tl.load(address.to(tl.pointer_type(GRADIENT)) + begin + lane, inside, other=0.0).to(tl.float32) * unscale
     mean = tl.load(means + at, inside, other=0.0)
@@ -51,7 +52,7 @@ class OnePassAdamW:
         tensors = torch.repeat_interleave(torch.arange(len(sizes)), blocks)
         first = torch.cumsum(blocks, 0) - blocks
         offsets = torch.cumsum(sizes, 0) - sizes
-        self.aligned = bool((offsets % 8 == 0).all())
+        self.aligned = bool((sizes % 8 == 0).all())
         self.tensors = tensors.to(torch.int32).to(device)
         self.begins = ((torch.arange(len(tensors)) - first[tensors]) * BLOCK).to(device)
         self.sizes, self.offsets = sizes.to(device), offsets.to(device)

@@ -7,6 +7,8 @@ compiler moves the backward pass's all-reduces behind the weight gradients, whic
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,9 +17,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-ROW_PARTS = 1  # in how many parts a row-wise product is summed up
+from tp2d_helpers.demo import cache_dir
+
 IGNORED = -100  # the label of a position that has no target
 
 
@@ -71,21 +75,16 @@ class ColumnProducts(torch.autograd.Function):
         return wait(dx).view_as(x), None, *dw, *db
 
 
-class RowProduct(torch.autograd.Function):
-    """Z = Σ_i Y_i B_iᵀ, a sum over the TP group: g in Megatron-LM. One part of Z travels while the next is computed."""
+class ReduceForward(torch.autograd.Function):
+    """Z = Σ_i Z_i over the TP group; each part's gradient is Z's: g in Megatron-LM."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.save_for_backward(y, weight)
-        rows = y.flatten(0, -2)
-        sums = [all_reduce(F.linear(part, weight), group) for part in rows.chunk(ROW_PARTS)]
-        z = torch.cat([wait(part) for part in sums]) if len(sums) > 1 else wait(sums[0])
-        return z.view(*y.shape[:-1], -1)
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        return wait(all_reduce(part, group))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        y, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.flatten(0, -2).T @ y.flatten(0, -2), None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 class ColumnLinear(LinearLayer):
@@ -100,7 +99,7 @@ class RowLinear(LinearAllreduce):
     """AutoTP's row-wise layer with a sum that the compiler can see."""
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        z = RowProduct.apply(y, self.weight, self.mp_group)
+        z = ReduceForward.apply(F.linear(y, self.weight), self.mp_group)
         return z if self.bias is None else z + self.bias
 
 
@@ -197,8 +196,14 @@ def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
     model.loss_function = torch.compile(loss, dynamic=False) if compiled else loss
 
 
+def compilers() -> bool:
+    """Whether `torch.compile` has what it needs: Triton for GPUs, a C++ compiler for CPUs."""
+    return has_triton() if torch.cuda.is_available() else shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def compile_layers(model: torch.nn.Module) -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
     # The compiler orders a graph by its memory, and would wait for a sum before it computes what is independent of it.
     torch._inductor.config.reorder_for_compute_comm_overlap = True
     torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["sink_waits"]

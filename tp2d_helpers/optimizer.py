@@ -54,8 +54,9 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
             gradients = [g for g in self.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
             pairs = zip(gradients, self.params_in_partition[i])  # noqa: B905 — a rank without weights has padding only
             counted += [g for g, p in pairs if is_model_parallel_parameter(p) or self.model_parallel_rank == 0]
-        norms = torch._foreach_norm(counted, 2, dtype=torch.float32)
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        square = torch.zeros((), device=self.device)
+        if counted:  # a rank's partition may have nothing but weights that another rank of its TP group counts
+            square = torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float32)).square().sum()
         dist.all_reduce(square, group=self.dp_process_group)
         self._model_parallel_all_reduce(square, deepspeed.comm.ReduceOp.SUM)
         return square.sqrt()
