@@ -51,11 +51,11 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         return [
             batch(job | {"sync": sync}, size, options.global_batch)
             for sync in options.fsdp2_sync
-            for size in options.peer_micro_batch
+            for size in (options.data_parallel_micro_batch if name == "fsdp2_dp" else options.peer_micro_batch)
         ]
     if name.startswith("dp_zero"):
         job |= dict(tp=1, dp=gpus, zero=int(name[-1]))
-        return [batch(job, size, options.global_batch) for size in options.peer_micro_batch]
+        return [batch(job, size, options.global_batch) for size in options.data_parallel_micro_batch]
     if name == "template_settings":
         seq = min(TEMPLATE_SEQ, options.seq)
         return [job | dict(kind=name, micro_batch=1, accumulation=1, seq=seq)]
