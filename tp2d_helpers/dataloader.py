@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tp2d_helpers import startup
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.tokens import prepare_tokens
 
@@ -125,6 +126,7 @@ def create_dataloader(
     if not sampler.steps_per_epoch:
         raise ConfigError(f"{samples} samples are fewer than one global batch of {sampler.global_batch}")
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
+    startup.mark("data")
     # With a generator of its own: the loader draws a number at each start, which a resumed run would have more of.
     return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
 

@@ -27,6 +27,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from ray.train import WorkerGroupError
 
+from tp2d_helpers import startup
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.guard import lock_run, read_json
 from tp2d_helpers.metrics import read_metrics
@@ -84,8 +85,8 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
         every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
         steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
         print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
-        finished, began = threading.Event(), time.perf_counter()
-        thread = threading.Thread(target=_print_progress, args=(path, done, total, every, finished), daemon=True)
+        finished, began = threading.Event(), time.time()
+        thread = threading.Thread(target=_print_progress, args=(path, done, total, every, began, finished), daemon=True)
         thread.start()
         try:
             yield
@@ -99,13 +100,15 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
                 signal.signal(signal.SIGINT, interrupt)
             finished.set()
             thread.join()
-    print(f"finished in {time.perf_counter() - began:.0f} s")
+    print(f"finished in {time.time() - began:.0f} s")
 
 
-def _print_progress(path: Path, done: int, total: int, every: int, finished: threading.Event) -> None:
-    last, tail = False, Tail(path)
+def _print_progress(path: Path, done: int, total: int, every: int, launched: float, finished: threading.Event) -> None:
+    last, tail, start = False, Tail(path), None
     while not last:
         last = finished.wait(0.5)  # one more look after the end
+        if not start and (start := startup.describe(path.parent, launched)):
+            print(start, flush=True)
         for record in tail.read():
             if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):
                 print(progress_line(record, total), flush=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tp2d_helpers import layers
+from tp2d_helpers import layers, startup
 from tp2d_helpers.config import OPTIMIZATIONS, ConfigError, reason
 from tp2d_helpers.mpu import ModelParallelUnit
 from tp2d_helpers.optimizer import fuse_step
@@ -27,6 +27,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 # How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
 SPLIT_DIM = {"colwise": 0, "rowwise": 1}
 WHOLE = {"replicated_with_grad_allreduce", "embedding_rowwise"}  # the embedding: see `planned_shapes`
+STAGE_3_CANNOT = {"compile", "block_all_reduce"}
 FUSED = ("qkv", "query_key_value", "gate_up")  # several matrices in one: a plain cut would mix them up
 
 
@@ -160,7 +161,9 @@ def setup_model_with_autotp(
 
     # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
     transformers.set_seed(seed)
+    startup.mark("process groups")
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
+    startup.mark("weights")
     planned = planned_shapes(model, tp_size)
     optimizer, schedule = _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
@@ -172,34 +175,39 @@ def setup_model_with_autotp(
     )
     _check_shards(engine.module, planned)
     optimize(engine, config)
+    startup.mark("sharding")
     # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
     transformers.set_seed(seed + 1 + mpu.dp_rank)
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
 
 
-def chosen_optimizations(config: dict[str, Any]) -> set[str]:
-    """The names of `OPTIMIZATIONS` that this run uses; "auto" takes those that help on this device."""
-    names = config.get("optimizations", "auto")
-    if names != "auto":
-        return set() if names == "none" else set(names.split(","))
-    left_out = set() if torch.cuda.is_available() else {"compile"}  # a minute of compiling, for little on CPUs
-    if config.get("zero_stage", 1) == 3:  # gathers each layer's weights when that layer is called, and not before
-        left_out = {"compile", "block_all_reduce"}
-    return set(OPTIMIZATIONS) - left_out
+def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str], str]:
+    """(names of `OPTIMIZATIONS` that a run uses, why one that was asked for is left out).
+
+    "auto" takes all that help: on CPUs, compilation costs a minute and gains little.
+    """
+    names, stage = config.get("optimizations", "auto"), config.get("zero_stage", 1)
+    chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
+    if names == "auto" and not on_gpu:
+        chosen.discard("compile")
+    if stage == 3 and chosen & STAGE_3_CANNOT:
+        return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
+    if "compile" in chosen and not layers.compilers(on_gpu):
+        return chosen - {"compile"}, f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed"
+    return chosen, ""
 
 
 def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any]) -> None:
     """Make the engine's step faster; what it computes stays the same."""
-    names, model = chosen_optimizations(config), engine.module
-    compiled = "compile" in names
+    (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
     if "block_all_reduce" in names:
         layers.reduce_once_per_block(model)
     if "fused_loss" in names:
-        layers.fuse_loss(model, compiled)
+        layers.fuse_loss(model, "compile" in names)
     if "fused_step" in names:
         fuse_step(engine)
     layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
-    if compiled:
+    if "compile" in names:
         layers.compile_layers(model)
 
 

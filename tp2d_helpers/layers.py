@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
-from torch.utils._triton import has_triton
+from torch.utils._triton import has_triton_package
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tp2d_helpers.demo import cache_dir
@@ -196,9 +196,9 @@ def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
     model.loss_function = torch.compile(loss, dynamic=False) if compiled else loss
 
 
-def compilers() -> bool:
+def compilers(on_gpu: bool) -> bool:
     """Whether `torch.compile` has what it needs: Triton for GPUs, a C++ compiler for CPUs."""
-    return has_triton() if torch.cuda.is_available() else shutil.which(os.environ.get("CXX", "g++")) is not None
+    return has_triton_package() if on_gpu else shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def compile_layers(model: torch.nn.Module) -> None:

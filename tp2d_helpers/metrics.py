@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from tp2d_helpers import startup
 from tp2d_helpers.engine import meta_model
 
 # Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name that fits counts.
@@ -31,6 +32,7 @@ def log_to_file(run_dir: str | Path, rank: int) -> None:
     """Send all that this worker prints, its libraries and their C++ parts included, to `<run>/logs/rank_<rank>.log`."""
     path = Path(run_dir) / "logs" / f"rank_{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
+    startup.mark("imports")
     sys.stdout.flush()
     sys.stderr.flush()
     with open(path, "ab") as file:
@@ -92,6 +94,7 @@ class StepMetrics:
         if dist.get_rank() == 0:
             keep_until(self.path, done)
         self.learning_rate = engine.get_lr()[0]
+        startup.mark("checkpoint")  # which was loaded before this
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -107,6 +110,11 @@ class StepMetrics:
             loss: this rank's mean over its micro-batches, a 0-dim tensor that stays on its device.
             tokens: real tokens of the global batch.
         """
+        if not startup.finished():
+            if self.cuda:
+                torch.cuda.synchronize()
+            startup.mark("first step")
+            startup.finish(self.path.parent if dist.get_rank() == 0 else None)
         now = self._now()
         self.waiting.append(
             dict(step=step, epoch=epoch, loss=loss, grad_norm=self.engine.get_global_grad_norm(),

@@ -37,6 +37,7 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
             self._step_group(i, clip, infinite)
             self.free_grad_in_param_list(self.params_in_partition[i])
             self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+        self.optimizer._opt_called = True  # the schedule warns otherwise
         self._lazy_init_hp_params_optimizer_state()
         if dist.get_world_size(self.dp_process_group) > 1:
             all_gather_dp_groups(

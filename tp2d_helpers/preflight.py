@@ -24,11 +24,11 @@ from tp2d_helpers.cluster import (
     describe_placement,
     loopback_variables,
 )
-from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
 from tp2d_helpers.elastic import first_size, possible_dp_sizes
-from tp2d_helpers.engine import load_config, sharding_plan
+from tp2d_helpers.engine import chosen_optimizations, load_config, sharding_plan
 from tp2d_helpers.fit import check_gpu_memory
 from tp2d_helpers.planner import parameter_count
 from tp2d_helpers.run_folder import RESIZABLE, continue_run, record_run
@@ -90,6 +90,8 @@ def preflight(config: Config) -> Plan:
     rows.append(("precision", *check_precision(config, resources)))
     rows.append(("model", *check_model(config)))
     rows += check_gpu_memory(config, resources)
+    names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
+    rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
     rows += describe_placement(config, counts)
     steps, *described = check_data(config)
     rows.append(("data", *described))
