@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from tp2d_helpers import estimate
+from tp2d_helpers import estimate, layers
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.engine import meta_model
 from tp2d_helpers.estimate import DEVICES, Device, Network, device_named, model_flops, scaling_curve, step_time
@@ -47,26 +46,30 @@ def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_work_by_hand(ideal: None) -> None:
-    """3 tokens, 2 micro-batches, tp 1: products with their traffic, attention, the optimizer's 28 bytes."""
+    """3 tokens, 2 micro-batches, tp 1: products with their traffic, attention, the optimizer and its norm."""
     found = step_time(SHARD, Setting(seq_length=3, gradient_accumulation_steps=2, optimizations=ON_GPU), SIMPLE)
     products = [*LAYER, *LAYER, (8, 32)]
     work = sum(3 * 2 * 3 * k * n for k, n in products) / 1000
     traffic = sum(3 * 2 * (3 * k + k * n + 3 * n) for k, n in products) / 100
     assert found.products == pytest.approx(2 * (work + traffic))
     assert found.attention == pytest.approx(2 * 3 * 6 * 2 * 8 * 3 / 1000)
-    passes = 2 * 2 * (24 * 8 + 6 * 12 + 9 * 16) + 8 * 32
+    passes = 2 * 2 * (30 * 8 + 8 * 12 + 12 * 16) + 8 * 32
     assert found.element_wise == pytest.approx(2 * 3 * passes / 100)
-    assert found.optimizer == pytest.approx(28 * 1000 / 100)
+    assert found.optimizer == pytest.approx((28 + 7) * 1000 / 100)
     assert found.tp_communication == found.dp_communication == found.host == 0
     assert found.total == pytest.approx(sum(vars(found).values()))
 
 
 def test_communication_by_hand(ideal: None) -> None:
-    """4 all-reduces per layer and one for the head, of 3 × 8 numbers in bf16; without blocks 7. DP: 3 passes."""
+    """4 all-reduces per layer and one for the head, of 3 × 8 numbers in bf16; without blocks 7. DP: 3 passes.
+
+    Blocks let what fits hide behind the gradients of the column-wise weights.
+    """
     blocks = step_time(SHARD, Setting(tp_size=2, seq_length=3, optimizations=ON_GPU), SIMPLE)
-    assert blocks.tp_communication == pytest.approx((2 * 4 + 1) * 2 * 3 * 8 / 10)
-    layers = step_time(SHARD, Setting(tp_size=2, seq_length=3), SIMPLE)
-    assert layers.tp_communication == pytest.approx((2 * 7 + 1) * 2 * 3 * 8 / 10)
+    each, behind = 2 * 3 * 8 / 10, 2 * 2 * 3 * sum(k * n for k, n in [*LAYER[:3], *LAYER[4:6]]) / 1000
+    assert behind < 4 * each and blocks.tp_communication == pytest.approx((2 * 4 + 1) * each - behind)
+    every = step_time(SHARD, Setting(tp_size=2, seq_length=3), SIMPLE)
+    assert every.tp_communication == pytest.approx((2 * 7 + 1) * each)
     replicas = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE)
     assert replicas.dp_communication == pytest.approx(3 / 4 * 2 * 1000 * 3 / 10)
     outside = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE, Network(gpus_per_node=2, bandwidth=5))
@@ -74,11 +77,13 @@ def test_communication_by_hand(ideal: None) -> None:
 
 
 def test_what_zero_hides(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reduction of the gradients behind the backward pass; the gather after the step behind nothing."""
+    """The gradients' reduction behind the backward pass; the gather after the step, and stage 3, behind nothing."""
     monkeypatch.setitem(estimate.MEASURED, "hidden", 1.0)
     found = step_time(SHARD, Setting(dp_size=4, seq_length=3), replace(SIMPLE, link_bandwidth=1e3))
     gather = 3 / 4 * 2 * 1000 / 1e3
     assert found.dp_communication == pytest.approx(gather)
+    third = step_time(SHARD, Setting(dp_size=4, seq_length=3, zero_stage=3), replace(SIMPLE, link_bandwidth=1e3))
+    assert third.dp_communication == pytest.approx(3 * gather)
 
 
 def test_the_host_is_the_floor(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +143,7 @@ def test_scaling_with_a_fixed_batch() -> None:
 
 # Measured runs
 
-SECONDS, PEAK, CONFIGURATIONS = 0.20, 0.10, 8  # how far off an estimate may be, and of how many runs at least
+SECONDS, PEAK = 0.20, 0.10  # how far off an estimate may be
 
 
 def measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -168,20 +173,21 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
     return seconds * 1e3, memory_per_gpu(shard, setting).total / GIB
 
 
-def test_measured_runs() -> None:
+def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run of the engine that the benchmark left: its peak memory and its time."""
+    monkeypatch.setattr(layers, "compilers", lambda on_gpu: True)  # there, whatever is here
     rows = measured()
     if not rows:
         pytest.skip(f"no results of GPUs in {RESULTS.relative_to(RESULTS.parents[2])}")
-    wrong, seen = [], set()
+    lines, wrong = [], 0
     for report, entry in rows:
-        milliseconds, peak = predicted(report, entry)
-        job = entry["settings"]
-        seen.add(json.dumps({name: job[name] for name in sorted(job) if name not in ("name", "profile")}, default=str))
-        label = f"{report['gpus']} GPUs, {job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}"
-        if not math.isclose(milliseconds, entry["step_ms"], rel_tol=0, abs_tol=SECONDS * entry["step_ms"]):
-            wrong.append(f"{label}: {entry['step_ms']:.0f} ms, predicted {milliseconds:.0f}")
-        if not math.isclose(peak, entry["peak_gib"], rel_tol=0, abs_tol=PEAK * entry["peak_gib"]):
-            wrong.append(f"{label}: {entry['peak_gib']:.1f} GiB, predicted {peak:.1f}")
-    assert not wrong, "\n".join(wrong)
-    assert len(seen) >= CONFIGURATIONS
+        (milliseconds, peak), job = predicted(report, entry), entry["settings"]
+        time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
+        bad = abs(time_off) > SECONDS or abs(peak_off) > PEAK
+        wrong += bad
+        lines.append(
+            f"{'WRONG ' * bad}{job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}: "
+            f"{entry['step_ms']:.0f} ms, predicted {milliseconds:.0f} ({time_off:+.1%}); "
+            f"{entry['peak_gib']:.1f} GiB, predicted {peak:.1f} ({peak_off:+.1%})"
+        )
+    assert not wrong, "\n".join(lines)

@@ -12,6 +12,8 @@ from typing import Any
 
 import transformers
 
+from tp2d_helpers.config import OPTIMIZATIONS
+from tp2d_helpers.engine import chosen_optimizations
 from tp2d_helpers.planner import shard_parameters, state_bytes
 
 # What autograd keeps of a decoder layer between its forward and backward pass, with flash attention, in tensors of
@@ -24,21 +26,21 @@ from tp2d_helpers.planner import shard_parameters, state_bytes
 #   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
 #              the group, beside the parts
 #   full       the layer's input
-# tests/test_memory.py counts the tensors of the first two, and has peaks of H200 GPUs that this is within 6 % of.
+# tests/test_memory.py counts the tensors of the first two; it and tests/test_estimate.py have peaks of H200 GPUs.
 ACTIVATIONS = {"eager": (8, 2, 2, 4), "compiled": (4, 2, 2, 3), "selective": (3, 2, 2, 2), "full": (1, 0, 0, 0)}
 SUMS = 2
 BACKWARD = (4, 2, 2, 3)  # gradients of a layer's activations that are there at once, while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
-# softmax and, where it isn't computed in place, one more. Fused and compiled, the gradient is all that is added.
-LOSS_BYTES = {"whole": 8, "vocabulary": 12, "fused": 2}
+# softmax and, where it isn't computed in place, one more. `layers.CrossEntropy` adds the gradient only if it is
+# compiled ("fused"), else three fp32 tensors and a mask in its backward pass ("separate").
+LOSS_BYTES = {"whole": 8, "vocabulary": 12, "separate": 13, "fused": 2}
 
 BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`); two of them overlap
-STEP_CHUNK = 2**28  # elements of the gradients that the one-pass step converts to fp32 at a time
 STAGE_3_LIVE = 1_050_000_000  # elements that stage 3 keeps gathered: `max_live_parameters` and one prefetch bucket
 STAGE_3_GROUP = 1_000_000_000  # elements that stage 3 steps at a time (`sub_group_size`)
 
-ON_GPU = frozenset({"compile", "block_all_reduce", "fused_loss", "fused_step"})  # `optimizations = "auto"`
+ON_GPU = frozenset(OPTIMIZATIONS)  # `optimizations = "auto"`, below ZeRO 3
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,20 @@ class Setting:
         values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         precision, use_gpu = config.get("precision", "auto"), config.get("use_gpu", True)
         fp32 = precision == "fp32" or (precision == "auto" and not use_gpu)
-        names = values.get("optimizations", "auto")
-        if names in ("auto", "none"):
-            chosen = ON_GPU if names == "auto" else frozenset()
-            # ZeRO 3 gathers weights in hooks that the compiler can't look into; on CPU it costs more than it brings.
-            chosen -= set() if use_gpu and values.get("zero_stage") != 3 else {"compile"}
-        else:
-            chosen = frozenset(names.split(",") if isinstance(names, str) else names)
-        return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": chosen})
+        chosen, _ = chosen_optimizations(dict(config), bool(use_gpu))
+        return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": frozenset(chosen)})
 
     @property
     def one_pass_step(self) -> bool:
         """Whether the optimizer's step is `optimizer.fuse_step`'s, and not DeepSpeed's."""
         return "fused_step" in self.optimizations and self.zero_stage in (1, 2) and self.master_weights == "fp32"
+
+    @property
+    def loss(self) -> str:
+        """Which of `LOSS_BYTES` the loss is."""
+        if "fused_loss" in self.optimizations:
+            return "fused" if "compile" in self.optimizations else "separate"
+        return "vocabulary" if self.tp_size > 1 else "whole"
 
     @property
     def tokens(self) -> int:
@@ -190,9 +193,7 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
 
 def logit_bytes(shard: Shard, setting: Setting) -> float:
     """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed."""
-    kind = "vocabulary" if setting.tp_size > 1 else "whole"
-    kind = "fused" if setting.optimizations >= {"fused_loss", "compile"} else kind
-    return setting.tokens * shard.vocabulary * (setting.width + LOSS_BYTES[kind])
+    return setting.tokens * shard.vocabulary * (setting.width + LOSS_BYTES[setting.loss])
 
 
 def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
@@ -205,12 +206,12 @@ def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
 
 
 def _step_copies(shard: Shard, setting: Setting) -> float:
-    """Gradients as the optimizer takes them: flat, and in fp32."""
+    """Gradients as the optimizer takes them: flat, and in fp32. The one-pass step takes them as they are."""
     if setting.zero_stage == 3:
         return 4 * min(shard.parameters / setting.dp_size, STAGE_3_GROUP)
     partition = shard.parameters / (setting.dp_size if setting.zero_stage else 1)
     if setting.master_weights == "bf16":
         return setting.width * partition
     if setting.one_pass_step:
-        return 4 * min(partition, STEP_CHUNK)
+        return 0
     return (setting.width + 4 * (setting.width != 4)) * partition
