@@ -14,7 +14,7 @@ from typing import Any
 import transformers
 
 from tp2d_helpers.config import Config, ConfigError
-from tp2d_helpers.engine import load_config
+from tp2d_helpers.engine import STAGE_3_CANNOT, load_config
 from tp2d_helpers.estimate import Device, Network, StepTime, device_named, step_time
 from tp2d_helpers.memory import ON_GPU, Memory, Setting, Shard, memory_per_gpu
 
@@ -24,6 +24,9 @@ MODES = ("none", "selective", "full")  # of activation checkpointing, from faste
 # need some 5 %, and the estimate may be 10 % off.
 SAFE = 0.9
 WAYS = 3  # that a refusal names
+# Logits of a micro-batch on one GPU must be fewer. On H200, Qwen2.5-0.5B at 32 × 2048 tokens learned nothing with all
+# 1.0e10 logits on each GPU (tp 1), and learned with 5.0e9 (tp 2). Why isn't known, nor where between the two it begins.
+MOST_LOGITS = 2**33
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,12 @@ def candidates(
         if shard is None or global_batch % dp:
             continue
         for micro in _divisors(global_batch // dp):
+            if micro * seq_length * shard.vocabulary >= MOST_LOGITS:
+                break
             grid = replace(base, tp_size=tp, dp_size=dp, seq_length=seq_length, batch_size_per_gpu=micro,
                            gradient_accumulation_steps=global_batch // dp // micro)  # fmt: skip
             for stage, mode in itertools.product(zero_stages, modes):
-                setting = replace(_without_compiler(grid) if stage == 3 else grid, zero_stage=stage,
+                setting = replace(_of_stage_3(grid) if stage == 3 else grid, zero_stage=stage,
                                   activation_checkpointing=mode)  # fmt: skip
                 memory = memory_per_gpu(shard, setting)
                 if memory.total <= limit:
@@ -114,21 +119,44 @@ def check_gpu_memory(config: Config, resources: dict[str, float]) -> list[tuple[
             fits nowhere.
 
     Raises:
-        ConfigError: see `check_memory`.
+        ConfigError: see `check_logits`, which needs no knowledge of the GPUs, and `check_memory`.
     """
-    devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
-    if not config.use_gpu or not devices or None in devices:
+    if not config.use_gpu:
         return []
     hf_config = load_config(config.model_name, config.trust_remote_code)
+    check_logits(config, hf_config)
+    devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
+    if not devices or None in devices:
+        return []
     return [("memory", *check_memory(config, hf_config, max(devices, key=lambda device: device.memory)))]
+
+
+def check_logits(config: Config, hf_config: transformers.PretrainedConfig) -> None:
+    """Raises `ConfigError` for a micro-batch of `MOST_LOGITS` or more."""
+    per_sample = config.seq_length * hf_config.get_text_config().vocab_size // config.tp_size
+    found, most = config.batch_size_per_gpu * per_sample, (MOST_LOGITS - 1) // per_sample
+    if found < MOST_LOGITS:
+        return
+    way_out = (
+        f"The largest batch_size_per_gpu that is below is {most}; gradient_accumulation_steps keeps the global batch."
+        if most
+        else "A single sample is above: take a shorter seq_length or a larger tp_size."
+    )
+    raise ConfigError(
+        f"batch_size_per_gpu = {config.batch_size_per_gpu}: makes {found:.3g} logits per GPU (times seq_length "
+        f"{config.seq_length} × vocabulary / tp_size); must be below 2**33 = {MOST_LOGITS:.3g}, as a run with 1e10 was "
+        f"seen to learn nothing. {way_out}"
+    )
 
 
 def check_memory(config: Config, hf_config: transformers.PretrainedConfig, device: Device) -> tuple[str, str]:
     """(what is predicted of the GPU's memory, of what parts) for preflight's table.
 
     Raises:
-        ConfigError: if it is more than the GPU has. Between `SAFE` and that, the row says that it is tight.
+        ConfigError: if it is more than the GPU has, or of `check_logits`. Between `SAFE` and all of the GPU, the row
+            says that it is tight.
     """
+    check_logits(config, hf_config)
     setting = Setting.of(config.model_dump())
     memory = memory_per_gpu(Shard.of(hf_config, setting.tp_size), setting)
     share = memory.total / GIB / device.memory
@@ -216,9 +244,9 @@ def _shard(hf_config: transformers.PretrainedConfig, tp_size: int) -> Shard | No
         return None
 
 
-def _without_compiler(setting: Setting) -> Setting:
+def _of_stage_3(setting: Setting) -> Setting:
     """What the engine makes of a setting at ZeRO 3."""
-    return replace(setting, optimizations=setting.optimizations - {"compile"})
+    return replace(setting, optimizations=setting.optimizations - STAGE_3_CANNOT)
 
 
 def _divisors(number: int) -> list[int]:
