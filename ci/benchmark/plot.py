@@ -32,8 +32,8 @@ TITLES = {
     "fsdp2_tp": "FSDP2 + DTensor, tensor parallel",
     "fsdp2_async": "FSDP2 + DTensor, async TP",
     "fsdp2_dp": "FSDP2, data parallel only",
-    "dp_zero1": "DeepSpeed ZeRO 1, data parallel only",
-    "dp_zero3": "DeepSpeed ZeRO 3, data parallel only",
+    "dp_zero1": "this notebook, ZeRO 1 without TP",
+    "dp_zero3": "this notebook, ZeRO 3 without TP",
     "template_settings": "AutoTP, published template's settings",
     "template": "published template, as it is",
 }
@@ -83,7 +83,7 @@ def draw(reports: list[dict[str, Any]], path: Path, shape: str = "", everything:
     size = (13, 2 + 0.68 * len(shown))
     figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=size, width_ratios=[3, 2], layout="constrained")
     places = range(len(shown))
-    colours = [OURS if entry["ours"] else PEERS for entry in shown]
+    colours = [OURS if entry["settings"]["kind"] == "ours" else PEERS for entry in shown]
     left.barh(places, [entry["speed"] for entry in shown], color=colours, height=0.62)
     left.set_yticks(places, [caption(entry) for entry in shown], fontsize=10)
     left.invert_yaxis()
@@ -119,7 +119,7 @@ def draw_memory(axes: Any, shown: list[dict[str, Any]]) -> None:
         if peak is None:
             axes.annotate(" not measured", (0, place), va="center", fontsize=10, color="#555555")
             continue
-        axes.barh(place, peak, color=OURS if entry["ours"] else PEERS, height=0.62)
+        axes.barh(place, peak, color=OURS if entry["settings"]["kind"] == "ours" else PEERS, height=0.62)
         axes.annotate(f" {peak:.1f}", (max(peak, before or 0), place), va="center", fontsize=10,
                       xytext=(6, 0), textcoords="offset points")  # fmt: skip
         if before is not None:
