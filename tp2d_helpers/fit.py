@@ -25,7 +25,7 @@ MODES = ("none", "selective", "full")  # of activation checkpointing, from faste
 SAFE = 0.9
 WAYS = 3  # that a refusal names
 # Logits of a micro-batch on one GPU must be fewer. In 7 steps on two H200, at 32 × 2048 tokens of text, the loss of
-# Qwen2.5-0.5B stayed at 12.10 as 1 × 2, with 1.0e10 logits on each GPU, and fell to 11.79 as 2 × 1, with 5.0e9. Why isn't
+# Qwen2.5-0.5B stayed at 12.10 as 1 × 2, with 1.0e10 logits per GPU, and fell to 11.79 as 2 × 1, with 5.0e9. Why isn't
 # known, nor where between the two it begins: a power of two in between is a precaution.
 MOST_LOGITS = 2**33
 
