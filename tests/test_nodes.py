@@ -212,7 +212,7 @@ def test_tp_groups_that_span_nodes(monkeypatch: pytest.MonkeyPatch, counts: list
     config = make_config(**SETTINGS).change(model_name=str(demo_model()), gradient_accumulation_steps=2)
     [(_, found, chosen)] = ray_cluster.describe_placement(config, counts)
     assert found.endswith(f": {' + '.join(map(str, counts))} workers")
-    assert chosen.startswith(f"{spanning} nodes: 3.9 MB" if spanning else "each TP group within a node")
+    assert chosen.startswith(f"{spanning} nodes: 2.4 MB" if spanning else "each TP group within a node")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from grid import run_grid
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tp2d_helpers import layers
 from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.planner import parameter_count, shard_parameters, state_bytes, tp_bytes, zero_bytes
@@ -43,18 +44,18 @@ def test_shard_parameters_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name, tp_size, expected", [
-    ("llama-3-8b", 4, 2 * 3 / 4 * 2 * 10 * 4096 * (32 * 7 + 1)),  # untied: the head's input gradient
-    ("demo", 2, 2 * 1 / 2 * 2 * 10 * 128 * (4 * 7 + 2)),  # tied: and the output of the embedding
+    ("llama-3-8b", 4, 2 * 3 / 4 * 2 * 10 * 4096 * (32 * 4 + 1)),  # untied: the head's input gradient
+    ("demo", 2, 2 * 1 / 2 * 2 * 10 * 128 * (4 * 4 + 2)),  # tied: and the output of the embedding
     ("demo", 1, 0),
 ])  # fmt: skip
 def test_tp_bytes_by_hand(name: str, tp_size: int, expected: float) -> None:
+    """Two forward, two backward, whatever the number of column-wise layers."""
     assert tp_bytes(shape(name), tp_size, tokens=10) == expected
 
 
-def test_tp_bytes_with_one_all_reduce_per_block() -> None:
-    """Two forward, two backward, whatever the number of column-wise layers."""
-    sent = tp_bytes(shape("llama-3-8b"), 4, tokens=10, block_all_reduce=True)
-    assert sent == 2 * 3 / 4 * 2 * 10 * 4096 * (32 * 4 + 1)
+def test_tp_bytes_with_an_all_reduce_per_column_wise_layer() -> None:
+    sent = tp_bytes(shape("llama-3-8b"), 4, tokens=10, block_all_reduce=False)
+    assert sent == 2 * 3 / 4 * 2 * 10 * 4096 * (32 * 7 + 1)
 
 
 @pytest.mark.parametrize("stage, accumulation, passes", [
@@ -73,13 +74,19 @@ def test_state_bytes_by_hand(stage: int, expected: tuple[int, ...]) -> None:
     assert tuple(state_bytes(500, 4, stage).values()) == expected
 
 
-@pytest.mark.parametrize("model, stage", [("qwen2-tied", 1), ("llama", 2), ("qwen3", 1)])
-def test_sent_and_held_on_2_by_2(model: str, stage: int, train_counting: Callable[..., SimpleNamespace]) -> None:
+@pytest.mark.parametrize("model, stage, optimizations", [
+    ("qwen2-tied", 1, "auto"), ("llama", 2, "auto"), ("qwen3", 1, "auto"), ("qwen3", 1, "none"),
+])  # fmt: skip
+def test_sent_and_held_on_2_by_2(
+    model: str, stage: int, optimizations: str, train_counting: Callable[..., SimpleNamespace]
+) -> None:
     """TP's activations exactly; ZeRO's flat buffers and the optimizer's state up to their padding."""
-    run = train_counting(model, tp_size=2, dp_size=2, zero_stage=stage)
-    in_tp_group = [call for call in run.sent if call[1] == [0, 1]]
-    activations = total(call for call in in_tp_group if call[2] == [BATCH, SEQ_LENGTH, run.hf_config.hidden_size])
-    assert activations == STEPS * ACCUMULATION * tp_bytes(run.hf_config, 2, BATCH * SEQ_LENGTH, width=4)
+    run = train_counting(model, tp_size=2, dp_size=2, zero_stage=stage, optimizations=optimizations)
+    in_tp_group, hidden = [call for call in run.sent if call[1] == [0, 1]], run.hf_config.hidden_size
+    shapes = [BATCH, SEQ_LENGTH, hidden], [BATCH * SEQ_LENGTH, hidden]
+    activations = total(call for call in in_tp_group if call[2] in shapes)
+    per_batch = tp_bytes(run.hf_config, 2, BATCH * SEQ_LENGTH, width=4, block_all_reduce=optimizations == "auto")
+    assert activations == STEPS * ACCUMULATION * per_batch
     # What tp_bytes leaves out: the loss's three numbers per token, and Qwen3's q_norm and k_norm.
     assert total(in_tp_group) < 1.02 * activations
 
@@ -118,7 +125,7 @@ def shape(name: str) -> Any:
 def train_counting(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """train_counting(model, **grid) trains `STEPS` steps; returns what rank 0 sent and holds."""
 
-    def run(model: str, **settings: int) -> SimpleNamespace:
+    def run(model: str, **settings: Any) -> SimpleNamespace:
         config = make_config(
             model_name=str(tiny_model(model)), dataset_name="demo", use_gpu=False, seq_length=SEQ_LENGTH,
             batch_size_per_gpu=BATCH, gradient_accumulation_steps=ACCUMULATION, debug_steps=STEPS,
@@ -134,6 +141,7 @@ def count_traffic(names: dict[str, Any]) -> None:
     """Put counters around the collectives, from the end of the setup on: what it broadcasts is sent once per run."""
     for name, times in RINGS.items():
         setattr(dist, name, _counted(name, times, getattr(dist, name)))
+    layers.all_reduce = _counted("all_reduce", 2, layers.all_reduce)
     setup = names["setup_model_with_autotp"]
 
     def then_count(*args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import tp2d_helpers
 from tp2d_helpers.config import Config, ConfigError, reason
 from tp2d_helpers.demo import cache_dir
-from tp2d_helpers.engine import load_config
+from tp2d_helpers.engine import chosen_optimizations, load_config
 from tp2d_helpers.planner import tp_bytes
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
@@ -178,7 +178,8 @@ def describe_placement(config: Config, counts: list[int]) -> list[tuple[str, str
     model = load_config(config.model_name, config.trust_remote_code)
     fp32 = config.precision == "fp32" or (config.precision == "auto" and not config.use_gpu)
     tokens = config.batch_size_per_gpu * config.seq_length
-    sent = tp_bytes(model, config.tp_size, tokens, width=4 if fp32 else 2) * config.gradient_accumulation_steps
+    once = "block_all_reduce" in chosen_optimizations(config.model_dump(), config.use_gpu)[0]
+    sent = tp_bytes(model, config.tp_size, tokens, 4 if fp32 else 2, once) * config.gradient_accumulation_steps
     groups = f"{len(spanning)} TP groups span" if len(spanning) > 1 else "1 TP group spans"
     cost = f"{groups} nodes: {sent / 1e6:,.1f} MB per step and worker travel between them"
     return [("nodes", found, f"{cost}; take a tp_size that divides the workers of a node")]

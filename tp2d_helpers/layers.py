@@ -178,7 +178,11 @@ def causal_lm_loss(group: dist.ProcessGroup | None, first: int) -> Callable[...,
     """
 
     def loss(
-        logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, **_: Any
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int = 0,  # of the whole vocabulary; what counts here is the part that the logits have
+        num_items_in_batch: torch.Tensor | None = None,
+        **_: Any,
     ) -> torch.Tensor:
         targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # cheaper than to cut the logits, which copies them
         losses = CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), group, first)

@@ -33,14 +33,15 @@ def shard_parameters(hf_config: transformers.PretrainedConfig, tp_size: int) -> 
 
 
 def tp_bytes(
-    hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2, block_all_reduce: bool = False
+    hf_config: transformers.PretrainedConfig, tp_size: int, tokens: int, width: int = 2, block_all_reduce: bool = True
 ) -> float:
     """Bytes that tensor parallelism sends through each rank for one micro-batch, forward and backward.
 
     Args:
         tokens: of the micro-batch, batch × sequence.
         width: bytes of an activation (2 for bf16).
-        block_all_reduce: one backward all-reduce per attention and MLP block, not one per column-wise layer.
+        block_all_reduce: one backward all-reduce per attention and MLP block; False: one per column-wise layer,
+            as AutoTP does by itself.
 
     Returns:
         2·(t−1)/t · width · tokens · hidden · (L·(2 + column-wise layers, or blocks) + 1 or 2). The last term is the
