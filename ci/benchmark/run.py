@@ -44,9 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--global-batch", type=int, default=16, help="samples per optimizer step")
     add("--micro-batch", type=integers, default=[4], help="of ours: sizes, separated by commas")
     add("--peer-micro-batch", type=integers, default=[2, 4], help="of FSDP2 with tensor parallelism")
-    add(
-        "--data-parallel-micro-batch", type=integers, default=[2], help="of pure data parallelism"
-    )
+    add("--data-parallel-micro-batch", type=integers, default=[2], help="of pure data parallelism")
     add("--accumulation", type=int, default=0, help="of ours, instead of what the global batch asks for")
     add("--tp", type=int, default=0, help="of ours (default: all GPUs)")
     add("--dp", type=int, default=0, help="of ours")
