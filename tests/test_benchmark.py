@@ -146,7 +146,9 @@ def test_results() -> None:
     assert fast["mfu"] == pytest.approx(4e10 * 12000 / 989e12)
     failed = results.summary(slow["settings"], {"setup_seconds": 1.0}, "OutOfMemoryError: x | y")
     assert failed["status"] == "failed" and "step_ms" not in failed
-    assert results.best([slow, fast, failed]) == {"ours": fast["label"]}
+    vain = results.summary(fast["settings"] | {"micro_batch": 8}, dict(grad_norms=[1.0, None]), None)
+    assert vain["status"] == "failed" and vain["error"] == "gradients that are not finite"
+    assert results.best([slow, fast, failed, vain | {"tokens_per_second_per_gpu": 1e9}]) == {"ours": fast["label"]}
     text = results.table({"candidates": [fast, failed, dict(name="torchtitan", status="not run", error="no")]})
     assert len({line.count("|") for line in text.splitlines()}) == 1
 

@@ -17,8 +17,8 @@ import pytest
 import safetensors.torch
 from grid import Run, assert_equal_runs
 
+from tp2d_helpers import layers
 from tp2d_helpers.demo import demo_documents
-from tp2d_helpers.layers import compilers
 
 Train = Callable[..., Run]
 MODELS = ["qwen2-tied", "qwen2-untied", "llama", "qwen3", "mistral"]
@@ -86,7 +86,7 @@ def test_optimizations(train: Train, model: str, optimizations: str) -> None:
     assert_equal_runs(run, train(model, optimizations="none"))
 
 
-@pytest.mark.skipif(not compilers(on_gpu=False), reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.skipif(not layers.compilers(on_gpu=False), reason="torch.compile needs a C++ compiler on CPUs")
 @pytest.mark.parametrize("settings", [
     dict(model="qwen3"),
     pytest.param(dict(model="llama", activation_checkpointing="selective"), marks=pytest.mark.slow),
@@ -169,10 +169,25 @@ def _shard_by_world_rank_unseen(names: dict[str, Any]) -> None:
     names["setup_model_with_autotp"] = unchecked
 
 
-def _skip_the_row_parallel_all_reduce(names: dict[str, Any]) -> None:
-    from deepspeed.module_inject.layers import RowParallel
+def _skip_the_forward_all_reduce(names: dict[str, Any]) -> None:
+    layers.ReduceForward.forward = staticmethod(lambda ctx, part, group: part.clone())
 
-    RowParallel.forward = staticmethod(lambda ctx, group, input, is_inference_mode: input)
+
+def _skip_the_backward_all_reduce(names: dict[str, Any]) -> None:
+    reduce = layers.all_reduce
+
+    def skipping(tensor: Any, group: Any, operation: str = "sum") -> Any:
+        # The gradient of a block's input is [tokens, hidden]; the loss's sums are [2, tokens].
+        return tensor.clone() if tensor.ndim == 2 and len(tensor) > 2 else reduce(tensor, group, operation)
+
+    layers.all_reduce = skipping
+
+
+def _make_gradients_infinite(names: dict[str, Any]) -> None:
+    from deepspeed import DeepSpeedEngine
+
+    backward = DeepSpeedEngine.backward
+    DeepSpeedEngine.backward = lambda self, loss, **kwargs: backward(self, loss * float("inf"), **kwargs)
 
 
 def _seed_by_world_rank(names: dict[str, Any]) -> None:
@@ -200,10 +215,18 @@ def test_data_by_world_rank_is_found(train: Train) -> None:
         assert_equal_runs(train("qwen2-tied", tp_size=2, patch=_shard_by_world_rank_unseen), train("qwen2-tied"))
 
 
-def test_missing_all_reduce_is_found(train: Train) -> None:
-    with pytest.raises(AssertionError, match="step 1: loss"):
-        run = train("qwen2-tied", tp_size=2, patch=_skip_the_row_parallel_all_reduce)
-        assert_equal_runs(run, train("qwen2-tied"))
+@pytest.mark.parametrize("patch, found", [
+    (_skip_the_forward_all_reduce, "step 1: loss"), (_skip_the_backward_all_reduce, "step 1: grad_norm"),
+])  # fmt: skip
+def test_missing_all_reduce_is_found(train: Train, patch: Callable[..., None], found: str) -> None:
+    with pytest.raises(AssertionError, match=found):
+        assert_equal_runs(train("qwen2-tied", tp_size=2, patch=patch), train("qwen2-tied"))
+
+
+def test_infinite_gradients_end_the_run(train: Train) -> None:
+    """The losses stay finite, as no step is taken: without this, such a run would go on and learn nothing."""
+    with pytest.raises(RuntimeError, match="gradients of steps 1 to 5 are not finite"):
+        train("qwen2-tied", patch=_make_gradients_infinite)
 
 
 def test_unlike_initial_weights_are_found(train: Train, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

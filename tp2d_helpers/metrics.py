@@ -139,7 +139,8 @@ class StepMetrics:
         """Fetch and write what is waiting. Collective.
 
         Raises:
-            FloatingPointError: if a loss isn't finite, after writing the records.
+            FloatingPointError: if a loss isn't finite, or the gradients of all steps since the last flush aren't, after
+                writing the records.
         """
         if not self.waiting:
             return
@@ -162,10 +163,21 @@ class StepMetrics:
             )
         if dist.get_rank() == 0:
             append(self.path, self.waiting)
-        bad = [record["step"] for record in self.waiting if not math.isfinite(record["loss"])]
-        self.waiting, self.newest_loss = [], losses[-1]
+        flushed, self.waiting, self.newest_loss = self.waiting, [], losses[-1]
+        self._check_finite(flushed)
+
+    def _check_finite(self, records: list[dict[str, Any]]) -> None:
+        bad = [record["step"] for record in records if not math.isfinite(record["loss"])]
         if bad:
             raise FloatingPointError(f"the loss of step {bad[0]} is not finite; the checkpoint before it is kept")
+        norms = [record["grad_norm"] for record in records if record["grad_norm"] is not None]
+        # The optimizer leaves such a step out. That is how fp16 finds its loss scale; else it is a fault, if it lasts.
+        if norms and not self.engine.fp16_enabled() and not any(map(math.isfinite, norms)):
+            first, last = records[0]["step"], records[-1]["step"]
+            raise FloatingPointError(
+                f"the gradients of steps {first} to {last} are not finite, and none of these steps was taken; "
+                "the checkpoint before them is kept"
+            )
 
     def _now(self) -> Any:
         if not self.cuda:

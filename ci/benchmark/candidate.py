@@ -76,13 +76,14 @@ def peak_gib(device: torch.device) -> float | None:
 
 def train(trainer: Trainer, job: dict[str, Any], device: torch.device, began: float) -> dict[str, Any]:
     """Train `steps` optimizer steps; times of all of them in ms, losses, tokens and peak memory."""
-    clock, losses, useful = Clock(), [], []
+    clock, losses, norms, useful = Clock(), [], [], []
     source = batches(job, trainer)
     found: dict[str, Any] = {}
     clock.mark()
     for step in range(job["steps"]):
         micro_batches, real = next(source)
         losses.append(trainer.step(micro_batches).float())
+        norms.append(trainer.norm())
         useful.append(real)
         clock.mark()
         if step == 0:
@@ -94,11 +95,17 @@ def train(trainer: Trainer, job: dict[str, Any], device: torch.device, began: fl
     per_step = job["micro_batch"] * job["accumulation"] * job["dp"] * job["seq"]
     return found | dict(
         step_ms=milliseconds,
-        losses=[loss if math.isfinite(loss) else None for loss in (mean / dist.get_world_size()).tolist()],
+        losses=finite((mean / dist.get_world_size()).tolist()),
+        grad_norms=finite([math.nan if norm is None else float(norm) for norm in norms]),
         useful_tokens=useful,
         tokens=[per_step] * len(useful),
         peak_gib=peak_gib(device),
     )
+
+
+def finite(numbers: list[float]) -> list[float | None]:
+    """For JSON, which has no others."""
+    return [number if math.isfinite(number) else None for number in numbers]
 
 
 def measure(job: dict[str, Any], rank: int) -> None:

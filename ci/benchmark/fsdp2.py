@@ -156,7 +156,7 @@ class Peer:
 
     def update(self) -> None:
         """Clip by the global norm, step, forget the gradients."""
-        clip_gradients(list(self.model.parameters()), self.copied, self.mesh)
+        self.norm = clip_gradients(list(self.model.parameters()), self.copied, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -196,6 +196,7 @@ def fsdp2_trainer(job: dict[str, Any], rank: int) -> Trainer:
         dp_rank=rank // job["tp"],
         step=peer.step,
         update=(peer, "update"),
+        norm=lambda: peer.norm,
         # Masters and moments are divided over DP; the bf16 weights are whole while a step runs.
         state_bytes=12 * local + 2 * local * job["dp"],
     )

@@ -45,7 +45,7 @@ def entries(reports: list[dict[str, Any]], shape: str, everything: bool = False)
         entry | {"speed": speed(entry)}
         for report in reports
         for entry in report["candidates"]
-        if entry.get("step_ms") and entry["settings"]["shape"] == shape
+        if entry["status"] == "ok" and entry.get("step_ms") and entry["settings"]["shape"] == shape
     ]
     found.sort(key=lambda entry: -entry["speed"])
     first: dict[Any, dict[str, Any]] = {}

@@ -35,6 +35,8 @@ def summary(settings: dict[str, Any], found: dict[str, Any], error: str | None) 
             useful_tokens_per_second=rate * sum(found["useful_tokens"][warmup:]) / sum(found["tokens"][warmup:]),
             mfu=flops * rate / gpus / peak if flops and peak else None,
         )
+    if None in found.get("grad_norms", []):  # the optimizer leaves such steps out: fast, and in vain
+        entry |= dict(status="failed", error="gradients that are not finite")
     return entry
 
 
@@ -42,7 +44,7 @@ def best(candidates: list[dict[str, Any]]) -> dict[str, str]:
     """The label of each candidate's fastest entry."""
     fastest: dict[str, dict[str, Any]] = {}
     for entry in candidates:
-        rate = entry.get("tokens_per_second_per_gpu", 0.0)
+        rate = entry.get("tokens_per_second_per_gpu", 0.0) if entry["status"] == "ok" else 0.0
         if rate > fastest.get(entry["name"], {}).get("tokens_per_second_per_gpu", 0.0):
             fastest[entry["name"]] = entry
     return {name: entry["label"] for name, entry in fastest.items()}

@@ -73,6 +73,7 @@ def settings_trainer(job: dict[str, Any], rank: int) -> Any:
         dp_rank=mpu.dp_rank,
         step=step,
         update=(engine, "step"),
+        norm=engine.get_global_grad_norm,
         state_bytes=width * held * (1 + 3 / job["dp"]),  # weights, and masters and two moments in the same dtype
     )
 

@@ -28,6 +28,7 @@ class Trainer:
     dp_rank: int
     step: Callable[[list[Batch]], torch.Tensor]  # one optimizer step; this rank's mean loss, on its device
     update: tuple[Any, str]  # an object and the name of its method that ends with the optimizer's update
+    norm: Callable[[], torch.Tensor | float | None]  # of the newest step's gradients, before clipping
     state_bytes: float  # weights, masters and moments on this rank: what must be there before the first step
 
 
@@ -59,6 +60,7 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         dp_rank=dp_rank,
         step=lambda micro_batches: train_step(engine, micro_batches),
         update=(engine, "step"),
+        norm=engine.get_global_grad_norm,
         state_bytes=held["weights"] + held["masters and moments"],
     )
 
