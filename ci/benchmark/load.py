@@ -9,6 +9,7 @@ layers and a small vocabulary, a shape's own widths are measured, and the rest f
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -106,8 +107,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     folder = options.scratch.absolute()
-    report = dict(shape=options.shape, layers=options.layers, vocabulary=options.vocabulary,
-                  parameters=build(options, folder / "model"), runs=[])  # fmt: skip
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+    report = dict(
+        date=time.strftime("%Y-%m-%d"), versions=versions, shape=options.shape, layers=options.layers,
+        vocabulary=options.vocabulary, parameters=build(options, folder / "model"), runs=[],
+    )  # fmt: skip
     for tp in options.tp:
         env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         job = Job("load.py", {"model": str(folder / "model")}, tp, folder / f"tp{tp}", env)
