@@ -22,7 +22,7 @@ from ray.train import ScalingConfig
 
 from tp2d_helpers.config import Config, make_config
 from tp2d_helpers.elastic import WholeReplicas, first_size, possible_dp_sizes
-from tp2d_helpers.metrics import read_metrics
+from tp2d_helpers.metrics import newest_step, read_metrics
 from tp2d_helpers.preflight import preflight
 from tp2d_helpers.run_folder import checkpoints, newest_checkpoint, read_manifest
 
@@ -84,7 +84,7 @@ class Nodes(threading.Thread):
         return int((path.read_text() if path.exists() else "") or 0)
 
     def newest_step(self) -> int:
-        return max((record["step"] for record in read_metrics(self.config.run_dir / "metrics.jsonl")), default=0)
+        return newest_step(self.config.run_dir / "metrics.jsonl")
 
     def wait(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + PATIENCE

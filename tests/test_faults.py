@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tp2d_helpers.config import make_config
 from tp2d_helpers.display import TrainingFailed
 from tp2d_helpers.export import export_checkpoint
-from tp2d_helpers.metrics import read_metrics
+from tp2d_helpers.metrics import newest_step, read_metrics
 from tp2d_helpers.preflight import Plan, preflight
 from tp2d_helpers.run_folder import checkpoints, problem_of
 
@@ -90,7 +90,7 @@ class Faults(threading.Thread):
         return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
 
     def newest_step(self) -> int:
-        return max((record["step"] for record in read_metrics(self.run_dir / "metrics.jsonl")), default=0)
+        return newest_step(self.run_dir / "metrics.jsonl")
 
     def wait(self, condition: Callable[[], object], interval: float = 0.02) -> None:
         end = time.monotonic() + PATIENCE

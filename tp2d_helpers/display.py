@@ -30,7 +30,7 @@ from ray.train import WorkerGroupError
 from tp2d_helpers import startup
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.guard import lock_run, read_json
-from tp2d_helpers.metrics import read_metrics
+from tp2d_helpers.metrics import newest_step
 from tp2d_helpers.run_folder import newest_checkpoint
 
 SOURCE_STYLE = "color: #212121; padding: 8px; font-family: monospace; font-size: 13px; line-height: 1.3; margin: 0"
@@ -81,7 +81,7 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
     interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back
     with lock_run(config):
         (config.run_dir / "stalled.json").unlink(missing_ok=True)  # of an earlier launch
-        done = max((record["step"] for record in read_metrics(path)), default=0)
+        done = newest_step(path)
         every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
         steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
         print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
@@ -163,7 +163,7 @@ def _describe(error: Exception, config: Config) -> str:
 
 
 def _describe_interrupt(config: Config, total: int) -> str:
-    step = max((record["step"] for record in read_metrics(config.run_dir / "metrics.jsonl")), default=0)
+    step = newest_step(config.run_dir / "metrics.jsonl")
     newest, _ = newest_checkpoint(config.run_dir)
     return (
         f"interrupted after step {step} of {total}; the workers are stopped.\n"

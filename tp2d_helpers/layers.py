@@ -20,9 +20,8 @@ from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabPa
 from torch.utils._triton import has_triton_package
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tp2d_helpers.dataloader import IGNORED
 from tp2d_helpers.demo import cache_dir
-
-IGNORED = -100  # the label of a position that has no target
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:

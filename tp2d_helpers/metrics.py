@@ -199,6 +199,11 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def newest_step(path: str | os.PathLike[str]) -> int:
+    """The last step of a `metrics.jsonl`, 0 if there is none."""
+    return max((record["step"] for record in read_metrics(path)), default=0)
+
+
 def append(path: Path, records: list[dict[str, Any]]) -> None:
     """Add records to a `metrics.jsonl`, numbers that aren't finite as null, and see that they reach the disk."""
     finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in records]

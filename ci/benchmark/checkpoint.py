@@ -13,7 +13,6 @@ import json
 import shutil
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ray
 import torch
 import torch.distributed as dist
+from load import Peak
 from ray.train import RunConfig, ScalingConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,27 +152,12 @@ def main() -> None:
 
 def measure_export(checkpoint: Path, model: str, folder: Path) -> dict[str, float]:
     """Seconds, size, and the most anonymous memory that the export had at a time, above what was there before."""
-    peak, done, before = [0.0], threading.Event(), anonymous_memory()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous_memory() - before)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
     began = time.perf_counter()
-    export_checkpoint(checkpoint, model, folder)
+    with Peak() as peak:
+        export_checkpoint(checkpoint, model, folder)
     seconds = time.perf_counter() - began
-    done.set()
-    thread.join()
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return dict(export_seconds=seconds, export_gb=size / 1e9, export_peak_memory_gb=peak[0] / 1e9)
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process that are not a file's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+    return dict(export_seconds=seconds, export_gb=size / 1e9, export_peak_memory_gb=peak.peak[0] / 1e9)
 
 
 if __name__ == "__main__":
