@@ -91,13 +91,18 @@ def save_checkpoint(
     writer.save(_random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
     metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
     facts = {"step": step, "world_size": dist.get_world_size(), **_grid(engine), "metrics": metrics}
+    _report(folder, writer, facts, background)
+
+
+def _report(folder: Path, writer: CheckpointWriter, facts: dict[str, Any], background: bool) -> None:
+    """Tell Ray Train of the checkpoint; it calls `writer.write`, at once or in its upload thread."""
 
     def upload(checkpoint: Checkpoint, _: str) -> Checkpoint:
         writer.write(**facts)
         return checkpoint
 
     ray.train.report(
-        metrics,
+        facts["metrics"],
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC if background else CheckpointUploadMode.SYNC,
         checkpoint_upload_fn=upload,
@@ -138,15 +143,22 @@ def load_checkpoint(
         raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
     progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
     if tag == UNIVERSAL:
-        for parameter, values in engine.optimizer.optimizer.state.items():
-            values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
-        dp_rank = dist.get_rank() // engine.mp_world_size
-        transformers.set_seed((seed + 1 + dp_rank + 1_000_003 * progress.step) % 2**32)
-        if state["loss_scaler"]:
-            vars(engine.optimizer.loss_scaler).update(state["loss_scaler"])
+        _settle_on_new_grid(engine, progress, seed, state["loss_scaler"])
     else:
         _set_random_states(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
     return progress
+
+
+def _settle_on_new_grid(
+    engine: deepspeed.DeepSpeedEngine, progress: Progress, seed: int, scaler: dict[str, Any] | None
+) -> None:
+    """What a universal checkpoint leaves out: the place of AdamW's step counters, random states, the loss scale."""
+    for parameter, values in engine.optimizer.optimizer.state.items():
+        values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
+    dp_rank = dist.get_rank() // engine.mp_world_size
+    transformers.set_seed((seed + 1 + dp_rank + 1_000_003 * progress.step) % 2**32)
+    if scaler:
+        vars(engine.optimizer.loss_scaler).update(scaler)
 
 
 def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str]:

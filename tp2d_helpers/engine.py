@@ -151,8 +151,6 @@ def setup_model_with_autotp(
         ConfigError: if the model can't be sharded so.
         RuntimeError: if AutoTP left a weight in another shape than planned.
     """
-    if tp_size * dp_size != world_size:
-        raise ValueError(f"tp_size {tp_size} × dp_size {dp_size} must be the world size, {world_size}")
     mpu = ModelParallelUnit.from_grid(tp_size, dp_size)
     if not torch.cuda.is_available():  # else DeepSpeed compiles, for a minute, a kernel that only inference uses
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
