@@ -213,7 +213,7 @@ def final_weights(engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.Proce
     """For `run_grid(after=)`: `weights` (on rank 0), `replicated` and `sharded` of a `Run`. Collective."""
     import deepspeed
 
-    from tp2d_helpers.engine import meta_model
+    from tp2d_helpers.sharding import meta_model
 
     whole = {name: p.shape for name, p in meta_model(engine.module.config).named_parameters(remove_duplicate=False)}
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))

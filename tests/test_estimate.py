@@ -12,10 +12,10 @@ from transformers import AutoConfig
 
 from tp2d_helpers import estimate, layers
 from tp2d_helpers.demo import SHAPES
-from tp2d_helpers.engine import meta_model
 from tp2d_helpers.estimate import DEVICES, Device, Network, device_named, model_flops, scaling_curve, step_time
 from tp2d_helpers.memory import ON_GPU, Setting, Shard, memory_per_gpu
 from tp2d_helpers.metrics import PEAK_FLOPS, model_flops_per_token, peak_flops
+from tp2d_helpers.sharding import meta_model
 
 GIB = 2**30
 RESULTS = Path(__file__).resolve().parent.parent / "ci/benchmark/results"

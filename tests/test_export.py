@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tp2d_helpers import export
 from tp2d_helpers.config import make_config
-from tp2d_helpers.engine import meta_model, planned_shapes
 from tp2d_helpers.export import checkpoint_tag, export_checkpoint, main, merge
+from tp2d_helpers.sharding import meta_model, planned_shapes
 
 Train = Callable[..., Run]
 RUNS = [("qwen2-tied", 0, 2, 2), ("qwen2-untied", 1, 2, 2), ("qwen3", 1, 4, 1), ("mistral", 1, 2, 1),

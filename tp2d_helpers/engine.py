@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import collections
-import fnmatch
 from typing import Any
 
 import deepspeed
@@ -22,13 +21,10 @@ from tp2d_helpers import layers, startup
 from tp2d_helpers.config import OPTIMIZATIONS, ConfigError, reason
 from tp2d_helpers.mpu import ModelParallelUnit
 from tp2d_helpers.optimizer import fuse_step
+from tp2d_helpers.sharding import check_shards, planned_shapes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# How a weight of each style of the Hugging Face plan is cut: the dimension of `weight` ([out, in]) that is divided.
-SPLIT_DIM = {"colwise": 0, "rowwise": 1}
-WHOLE = {"replicated_with_grad_allreduce", "embedding_rowwise"}  # the embedding: see `planned_shapes`
 STAGE_3_CANNOT = {"compile", "block_all_reduce"}
-FUSED = ("qkv", "query_key_value", "gate_up")  # several matrices in one: a plain cut would mix them up
 
 
 def get_mixed_precision_dtype() -> torch.dtype:
@@ -50,51 +46,6 @@ def load_config(model_name: str, trust_remote_code: bool = False) -> transformer
             f"model_name = {model_name!r}: its config can't be loaded ({reason(error)}). "
             'Without a way to the hub, take "demo" or the path of a local folder.'
         ) from error
-
-
-def meta_model(hf_config: transformers.PretrainedConfig) -> torch.nn.Module:
-    """The model without storage: shapes only, nothing is allocated."""
-    # A config class that came with its model was loaded because the user trusts that model's code.
-    trusted = type(hf_config).__module__.startswith("transformers_modules")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trusted)
-
-
-def sharding_plan(hf_config: transformers.PretrainedConfig, tp_size: int) -> dict[str, int | None]:
-    """Which dimension of each decoder weight AutoTP must divide: 0, 1, or None for a weight that stays whole.
-
-    The names are those of the base model's parameters. The rule is the model's own `base_model_tp_plan`, which AutoTP
-    follows. It is refused where AutoTP would leave a matrix whole, cut heads apart, or mix fused matrices up.
-
-    Raises:
-        ConfigError: for an architecture that AutoTP can't shard correctly, or a tp_size that doesn't divide it.
-    """
-    kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP: "
-    plan = getattr(hf_config, "base_model_tp_plan", None)
-    if not plan:
-        raise ConfigError(kind + "its config has no tp_plan. Qwen2, Qwen3, Llama, Mistral have; or take tp_size 1")
-    unknown = sorted(set(plan.values()) - set(SPLIT_DIM) - WHOLE)
-    if unknown:
-        raise ConfigError(kind + f"its plan has the styles {unknown}; supported are {sorted({*SPLIT_DIM, *WHOLE})}")
-    heads = hf_config.num_attention_heads
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
-    if kv_heads % tp_size or heads % tp_size:
-        fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
-        raise ConfigError(f"tp_size = {tp_size}: must divide the {kv_heads} key-value heads; possible are {fits}")
-    result: dict[str, int | None] = {}
-    base = meta_model(hf_config).base_model
-    for name, parameter in base.named_parameters():
-        module, _, kind_of = name.rpartition(".")
-        style = next((s for pattern, s in plan.items() if fnmatch.fnmatch(module, pattern)), None)
-        dim = SPLIT_DIM.get(style)
-        result[name] = None if kind_of == "bias" and style == "rowwise" else dim
-        if not name.startswith("layers.") or parameter.ndim < 2:
-            continue
-        if dim is None or any(word in name for word in FUSED):
-            raise ConfigError(kind + f"{name} {list(parameter.shape)} is not covered by a plain column or row cut")
-        if parameter.shape[dim] % tp_size:
-            raise ConfigError(f"tp_size = {tp_size}: does not divide {name} {list(parameter.shape)} in dimension {dim}")
-    return result
 
 
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -171,7 +122,7 @@ def setup_model_with_autotp(
         config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype),
         mpu=mpu,
     )
-    _check_shards(engine.module, planned)
+    check_shards(engine.module, planned)
     optimize(engine, config)
     startup.mark("sharding")
     # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
@@ -217,52 +168,3 @@ def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.op
     rate, decay = config.get("learning_rate", 1e-5), config.get("weight_decay", 0.01)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
     return optimizer, transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))
-
-
-def shard_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Shape of this rank's shard; ZeRO stage 3, which cuts it further, keeps it in `ds_shape`."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def shard_table(hf_config: transformers.PretrainedConfig, tp_size: int) -> list[list[Any]]:
-    """What AutoTP makes of each kind of weight: rows of [name, cut, whole shape, shard shape, count].
-
-    This is the plan that `setup_model_with_autotp` holds every shard against; layers of one kind share a row.
-    """
-    model = meta_model(hf_config)
-    rows: dict[str, list[Any]] = {}
-    shards = planned_shapes(model, tp_size)
-    for name, parameter in model.named_parameters():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        whole, shard = list(parameter.shape), list(shards[name])
-        # PyTorch keeps a weight as [out, in]: cutting `out` divides the columns of the A in X·A.
-        cut = "none" if whole == shard else "column-wise" if whole[0] != shard[0] else "row-wise"
-        cut = "by vocabulary" if cut != "none" and not kind.startswith(f"{model.base_model_prefix}.layers") else cut
-        rows.setdefault(kind, [f"`{kind}`", cut, str(whole), str(shard), 0])[4] += 1
-    return list(rows.values())
-
-
-def planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size]:
-    """Shape of each rank's shard, by name: the decoder by its plan, the head (and a tied embedding) by vocabulary."""
-    if tp_size == 1:
-        return {name: parameter.shape for name, parameter in model.named_parameters()}
-    prefix = model.base_model_prefix + "."
-    vocabulary = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    dims = {prefix + name: dim for name, dim in sharding_plan(model.config, tp_size).items()}
-    shapes = {}
-    for name, parameter in model.named_parameters():
-        shape, dim = list(parameter.shape), dims.get(name)
-        if id(parameter) in vocabulary and (tied or name not in dims):
-            dim = 0
-        if dim is not None:
-            shape[dim] //= tp_size
-        shapes[name] = torch.Size(shape)
-    return shapes
-
-
-def _check_shards(module: torch.nn.Module, planned: dict[str, torch.Size]) -> None:
-    found = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
-    wrong = [f"{n}: {list(found.get(n, []))}, planned {list(s)}" for n, s in planned.items() if found.get(n) != s]
-    if wrong:
-        raise RuntimeError(f"AutoTP did not shard the model as planned ({len(wrong)} weights): " + "; ".join(wrong[:4]))

@@ -31,7 +31,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.utils import cached_file
 
 from tp2d_helpers.config import reason
-from tp2d_helpers.engine import PRECISIONS, load_config, meta_model
+from tp2d_helpers.engine import PRECISIONS, load_config
+from tp2d_helpers.sharding import meta_model
 from tp2d_helpers.tokens import load_tokenizer
 
 MAX_FILE_BYTES = 2 * 10**9  # the weights of a larger model are divided among several files

@@ -110,7 +110,7 @@ class Shard:
 
     @classmethod
     def of(cls, hf_config: transformers.PretrainedConfig, tp_size: int) -> Shard:
-        """Cut a dense decoder for `tp_size`. Raises `ConfigError` if it can't be (`engine.sharding_plan`)."""
+        """Cut a dense decoder for `tp_size`. Raises `ConfigError` if it can't be (`sharding_plan`)."""
         text = hf_config.get_text_config()
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads

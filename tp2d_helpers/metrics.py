@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers
 
 from tp2d_helpers import startup
-from tp2d_helpers.engine import meta_model
+from tp2d_helpers.sharding import meta_model
 
 # Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name that fits counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import transformers
 
-from tp2d_helpers.engine import meta_model, planned_shapes
+from tp2d_helpers.sharding import meta_model, planned_shapes
 
 # All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
 # row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them), or

@@ -28,10 +28,11 @@ from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.demo import demo_model
 from tp2d_helpers.elastic import first_size, possible_dp_sizes
-from tp2d_helpers.engine import chosen_optimizations, load_config, sharding_plan
+from tp2d_helpers.engine import chosen_optimizations, load_config
 from tp2d_helpers.fit import check_gpu_memory
 from tp2d_helpers.planner import parameter_count
 from tp2d_helpers.run_folder import RESIZABLE, continue_run, record_run
+from tp2d_helpers.sharding import sharding_plan
 from tp2d_helpers.storage import check_checkpoints, check_storage
 from tp2d_helpers.tokens import load_tokenizer, prepare_tokens
 

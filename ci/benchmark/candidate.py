@@ -27,8 +27,8 @@ import torch.distributed as dist
 from timeline import Clock, record, synchronize
 from trainer import Trainer, batches, engine_trainer
 
-from tp2d_helpers.engine import meta_model
 from tp2d_helpers.metrics import model_flops_per_token, peak_flops
+from tp2d_helpers.sharding import meta_model
 
 
 def build(job: dict[str, Any], rank: int) -> Trainer:

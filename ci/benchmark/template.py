@@ -170,8 +170,9 @@ def run_cells(config: dict[str, Any]) -> None:
 
 def result_of(raw: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     """The record of a run, as `candidate.py` writes them. The positions are rank 0's; other replicas have as many."""
-    from tp2d_helpers.engine import load_config, meta_model
+    from tp2d_helpers.engine import load_config
     from tp2d_helpers.metrics import model_flops_per_token, peak_flops
+    from tp2d_helpers.sharding import meta_model
 
     config = load_config(job["model"])
     seconds = [b - a for a, b in zip(raw["begins"], raw["begins"][1:], strict=False)]
