@@ -98,6 +98,7 @@ def _report(folder: Path, writer: CheckpointWriter, facts: dict[str, Any], backg
     """Tell Ray Train of the checkpoint; it calls `writer.write`, at once or in its upload thread."""
 
     def upload(checkpoint: Checkpoint, _: str) -> Checkpoint:
+        """Nothing moves: the checkpoint is in its place already."""
         writer.write(**facts)
         return checkpoint
 
@@ -185,6 +186,7 @@ def _new_folder(run_dir: Path, step: int) -> Path:
     """An empty folder for a checkpoint. One that all ranks have finished is never written into again."""
 
     def choose() -> Path:
+        """The first name that no finished checkpoint has, cleared of an unfinished one; on rank 0 only."""
         folder, count = run_dir / f"checkpoint_{step:08d}", 1
         while run_folder.is_finished(folder):
             count += 1

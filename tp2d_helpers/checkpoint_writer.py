@@ -70,6 +70,7 @@ def host_copy(state: Any) -> Any:
     copies: dict[int, torch.UntypedStorage] = {}
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's like in the copy of its storage, which is begun if it wasn't."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in copies:
             target = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)

@@ -226,6 +226,7 @@ def _look() -> Callable[..., tuple[str, str]]:
     """The task of `check_nodes`, a local function: it travels whole, and no node imports PyTorch to find a file."""
 
     def look(paths: dict[str, str], seconds: float, own: str = "", demo: bool = False) -> tuple[str, str]:
+        """(parameter at fault, why): what this node doesn't see of `paths` within `seconds`; "" if all is well."""
         if demo and not Path(paths["model_name"]).exists():
             importlib.import_module("tp2d_helpers.demo").demo_model()
         end = time.monotonic() + seconds

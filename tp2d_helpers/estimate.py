@@ -92,6 +92,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         return sum(vars(self).values())
 
 

@@ -135,6 +135,7 @@ def _write_weights(folder: Path, whole: dict[str, torch.Tensor], ranks: list[dic
     """One safetensors file, or several and their index."""
 
     def weight(name: str) -> torch.Tensor:
+        """A whole weight, put together from the ranks' shards."""
         if any(name not in shards for shards in ranks):
             raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
         replicated = ranks[0][name][0] == whole[name].shape

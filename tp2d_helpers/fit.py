@@ -40,6 +40,7 @@ class Candidate:
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
+        """Predicted, of all tokens."""
         return self.setting.global_tokens / self.time.total / (self.setting.tp_size * self.setting.dp_size)
 
     def row(self) -> list[Any]:

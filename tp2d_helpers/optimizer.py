@@ -108,12 +108,10 @@ def _fused_adamw(
         )  # fmt: skip
 
 
-def fuse_step(engine: deepspeed.DeepSpeedEngine) -> bool:
+def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
     """Let `engine.step()` take the short way where it can: ZeRO 1 or 2, AdamW, fp32 masters, no loss scaling."""
     optimizer = engine.optimizer
     if type(optimizer) is not DeepSpeedZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
-        return False
-    if engine.fp16_enabled() or optimizer.single_partition_of_fp32_groups[0].dtype != torch.float32:
-        return False
-    optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {}
-    return True
+        return
+    if not engine.fp16_enabled() and optimizer.single_partition_of_fp32_groups[0].dtype == torch.float32:
+        optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {}

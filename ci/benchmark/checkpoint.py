@@ -24,11 +24,10 @@ import torch
 import torch.distributed as dist
 from load import Peak
 from ray.train import RunConfig, ScalingConfig
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp2d_helpers.cluster import check_resources, connect
 from tp2d_helpers.config import make_config
-from tp2d_helpers.demo import SHAPES, demo_documents, train_tokenizer
+from tp2d_helpers.demo import SHAPES, build_model
 from tp2d_helpers.elastic import GridTrainer
 from tp2d_helpers.export import export_checkpoint
 from tp2d_helpers.preflight import Plan
@@ -38,11 +37,8 @@ def build(shape: str, layers: int, folder: Path) -> None:
     """Write a model of a shape of `SHAPES` with random weights, made on the GPU if there is one, and a tokenizer."""
     fields = dict(SHAPES[shape])
     fields["num_hidden_layers"] = layers or fields["num_hidden_layers"]
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    train_tokenizer(demo_documents()).save_pretrained(folder)
+        build_model(fields, folder)
 
 
 def measure(config: dict[str, Any]) -> None:

@@ -55,13 +55,12 @@ class Peak:
 def worker(path: Path) -> None:
     """On each rank: set the engine up, and note what that took."""
     import torch.distributed as dist
+    from candidate import wait_for_turn
 
     from tp2d_helpers.engine import setup_model_with_autotp
 
     job, rank, world = json.loads(path.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    while not Path(job["go"]).exists():
-        time.sleep(0.02)
-    os.environ["MASTER_PORT"] = Path(job["go"]).read_text()
+    wait_for_turn(job)
     dist.init_process_group("gloo")
     config = dict(tp_size=world, dp_size=1, batch_size_per_gpu=1, precision="bf16", optimizations="none")
     with Peak() as peak:
