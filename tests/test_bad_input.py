@@ -306,7 +306,6 @@ def test_run_that_does_not_fit(
     gpus = {"GPU": 2.0, "CPU": 2.0, "accelerator_type:H200": 1.0}
     monkeypatch.setattr(preflight, "connect", lambda: gpus)
     monkeypatch.setattr(preflight, "check_placement", lambda *_: [2])
-    monkeypatch.setattr("tp2d_helpers.fit.MOST_LOGITS", 2**60)
     settings = dict(model_name=str(tiny_model("llama")), use_gpu=True, tp_size=2)
     refused("batch_size_per_gpu × seq_length = 1000000 × 64", "H200 has 139.8 GiB", "logits", "activations",
             "What fits", "gradient_accumulation_steps = ",

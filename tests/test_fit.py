@@ -18,7 +18,6 @@ from tp2d_helpers.estimate import device_named
 from tp2d_helpers.fit import (
     GIB,
     HEADER,
-    MOST_LOGITS,
     SAFE,
     candidates,
     check_gpu_memory,
@@ -100,35 +99,6 @@ def test_nothing_fits() -> None:
     config = make_config(**{**TOO_LARGE, "tp_size": 1, "batch_size_per_gpu": 1})
     with pytest.raises(ConfigError, match="take more GPUs, a smaller model, or a seq_length below 4096"):
         check_memory(config, SEVEN, device_named("L4"))
-
-
-MANY = dict(tp_size=1, dp_size=2, batch_size_per_gpu=32, seq_length=2048, use_gpu=True)
-
-
-def test_too_many_logits_are_refused() -> None:
-    """Qwen2.5-0.5B: 32 × 2048 × 151,936 = 1.0e10; 27 samples are below 2³³ = 8.6e9, and tp 2 halves them."""
-    config = make_config(**MANY)
-    with pytest.raises(ConfigError, match=r"batch_size_per_gpu = 32: makes 9\.96e\+09 logits .* that is below is 27;"):
-        check_memory(config, SMALL, H200)
-    check_memory(config.change(batch_size_per_gpu=27), SMALL, H200)
-    check_memory(config.change(tp_size=2), SMALL, H200)
-    assert 27 * 2048 * 151_936 < MOST_LOGITS <= 28 * 2048 * 151_936
-    with pytest.raises(ConfigError, match="A single sample is above: take a shorter seq_length or a larger tp_size"):
-        check_memory(config.change(seq_length=65536, batch_size_per_gpu=1), SMALL, H200)
-
-
-def test_too_many_logits_are_refused_of_unknown_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "load_config", lambda *_: SMALL)
-    with pytest.raises(ConfigError, match="must be below 2"):
-        check_gpu_memory(make_config(**MANY), {"GPU": 2.0})
-    assert check_gpu_memory(make_config(**{**MANY, "use_gpu": False}), {}) == []
-
-
-def test_too_many_logits_are_no_candidate() -> None:
-    """Of 64 samples on 2 GPUs without TP, at most 16 at once; with TP, 32. Memory isn't what keeps the others out."""
-    found = candidates(SMALL, replace(H200, memory=1e6), 2, 64, 2048)
-    largest = {tp: max(c.setting.batch_size_per_gpu for c in found if c.setting.tp_size == tp) for tp in (1, 2)}
-    assert largest == {1: 16, 2: 32}
 
 
 def test_stage_3_runs_without_what_it_can_not() -> None:

@@ -24,10 +24,6 @@ MODES = ("none", "selective", "full")  # of activation checkpointing, from faste
 # need some 5 %, and the estimate may be 10 % off.
 SAFE = 0.9
 WAYS = 3  # that a refusal names
-# Logits of a micro-batch on one GPU must be fewer. In 7 steps on two H200, at 32 × 2048 tokens of text, the loss of
-# Qwen2.5-0.5B stayed at 12.10 as 1 × 2, with 1.0e10 logits per GPU, and fell to 11.79 as 2 × 1, with 5.0e9. Why isn't
-# known, nor where between the two it begins: a power of two in between is a precaution.
-MOST_LOGITS = 2**33
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,6 @@ def candidates(
         if shard is None or global_batch % dp:
             continue
         for micro in _divisors(global_batch // dp):
-            if micro * seq_length * shard.vocabulary >= MOST_LOGITS:
-                break
             grid = replace(base, tp_size=tp, dp_size=dp, seq_length=seq_length, batch_size_per_gpu=micro,
                            gradient_accumulation_steps=global_batch // dp // micro)  # fmt: skip
             for stage, mode in itertools.product(zero_stages, modes):
@@ -121,44 +115,23 @@ def check_gpu_memory(config: Config, resources: dict[str, float]) -> list[tuple[
             fits nowhere.
 
     Raises:
-        ConfigError: see `check_logits`, which needs no knowledge of the GPUs, and `check_memory`.
+        ConfigError: see `check_memory`.
     """
     if not config.use_gpu:
         return []
     hf_config = load_config(config.model_name, config.trust_remote_code)
-    check_logits(config, hf_config)
     devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
     if not devices or None in devices:
         return []
     return [("memory", *check_memory(config, hf_config, max(devices, key=lambda device: device.memory)))]
 
 
-def check_logits(config: Config, hf_config: transformers.PretrainedConfig) -> None:
-    """Raises `ConfigError` for a micro-batch of `MOST_LOGITS` or more."""
-    per_sample = config.seq_length * hf_config.get_text_config().vocab_size // config.tp_size
-    found, most = config.batch_size_per_gpu * per_sample, (MOST_LOGITS - 1) // per_sample
-    if found < MOST_LOGITS:
-        return
-    way_out = (
-        f"The largest batch_size_per_gpu that is below is {most}; gradient_accumulation_steps keeps the global batch."
-        if most
-        else "A single sample is above: take a shorter seq_length or a larger tp_size."
-    )
-    raise ConfigError(
-        f"batch_size_per_gpu = {config.batch_size_per_gpu}: makes {found:.3g} logits per GPU (times seq_length "
-        f"{config.seq_length} × vocabulary / tp_size); must be below 2**33 = {MOST_LOGITS:.3g}, as a run with 1e10 "
-        f"learned nothing, for a reason not known yet. {way_out}"
-    )
-
-
 def check_memory(config: Config, hf_config: transformers.PretrainedConfig, device: Device) -> tuple[str, str]:
     """(what is predicted of the GPU's memory, of what parts) for preflight's table.
 
     Raises:
-        ConfigError: if it is more than the GPU has, or of `check_logits`. Between `SAFE` and all of the GPU, the row
-            says that it is tight.
+        ConfigError: if it is more than the GPU has. Between `SAFE` and all of the GPU, the row says that it is tight.
     """
-    check_logits(config, hf_config)
     setting = Setting.of(config.model_dump())
     memory = memory_per_gpu(Shard.of(hf_config, setting.tp_size), setting)
     share = memory.total / GIB / device.memory
