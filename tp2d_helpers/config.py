@@ -18,7 +18,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 # What makes a step faster without changing what it computes, and can be turned off (`layers.py`, `optimizer.py`).
-OPTIMIZATIONS = ("compile", "block_all_reduce", "fused_loss", "fused_step")
+OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step")
 
 
 class ConfigError(ValueError):

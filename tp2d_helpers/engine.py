@@ -17,14 +17,14 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tp2d_helpers import layers, startup
+from tp2d_helpers import layers, reductions, startup
 from tp2d_helpers.config import OPTIMIZATIONS, ConfigError, reason
 from tp2d_helpers.mpu import ModelParallelUnit
 from tp2d_helpers.optimizer import fuse_step
 from tp2d_helpers.sharding import check_shards, planned_shapes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STAGE_3_CANNOT = {"compile", "block_all_reduce"}
+STAGE_3_CANNOT = {"compile", "block_all_reduce", "peer_copies"}
 
 
 def get_mixed_precision_dtype() -> torch.dtype:
@@ -133,12 +133,14 @@ def setup_model_with_autotp(
 def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str], str]:
     """(names of `OPTIMIZATIONS` that a run uses, why one that was asked for is left out).
 
-    "auto" takes all that help: on CPUs, compilation costs a minute and gains little.
+    "auto" takes all that help: on CPUs, compilation costs a minute and gains little. Copies are between two peers.
     """
     names, stage = config.get("optimizations", "auto"), config.get("zero_stage", 1)
     chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
     if names == "auto" and not on_gpu:
         chosen.discard("compile")
+    if not on_gpu or config["tp_size"] != 2 or "block_all_reduce" not in chosen:
+        chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
     if "compile" in chosen and not layers.compilers(on_gpu):
@@ -151,6 +153,9 @@ def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any]) -> None:
     (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
     if "block_all_reduce" in names:
         layers.reduce_once_per_block(model)
+    if "peer_copies" in names:
+        tokens = config["batch_size_per_gpu"] * config["seq_length"]
+        reductions.copy_between_peers(engine.mpu.tp_group, tokens * model.config.hidden_size, model.dtype)
     if "fused_loss" in names:
         layers.fuse_loss(model, "compile" in names)
     if "fused_step" in names:

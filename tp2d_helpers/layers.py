@@ -1,8 +1,8 @@
 """What makes the sharded layers fast: fewer all-reduces, compiled layers, a loss on the divided vocabulary.
 
-AutoTP puts a collective into every layer that it shards, as a call that a compiler can't look into. Here the same sums
-are written as functional collectives, which `torch.compile` traces. So a decoder layer becomes one graph, and the
-compiler moves the backward pass's all-reduces behind the weight gradients, which don't depend on them.
+AutoTP puts a collective into every layer that it shards, as a call that breaks a compiler's graph. Here a product and
+its sum over the TP group are one operator of `reductions.py`, so that a decoder layer becomes one graph, and the sum
+travels while another product is computed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabPa
 from torch.utils._triton import has_triton_package
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tp2d_helpers import reductions  # noqa: F401 — defines the operators of torch.ops.tp2d
 from tp2d_helpers.dataloader import IGNORED
 from tp2d_helpers.demo import cache_dir
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
-    """Start an all-reduce into a new tensor, which `wait` makes ready. What comes between the two overlaps with it."""
-    # Not torch.distributed._functional_collectives.all_reduce, which waits at once in a graph.
+    """Start an all-reduce into a new tensor, which `wait` makes ready."""
     return torch.ops._c10d_functional.all_reduce(tensor, operation, group.group_name)
 
 
@@ -39,15 +39,12 @@ class ColumnProducts(torch.autograd.Function):
     """Y_i = X A_iᵀ + b_i for all column-wise layers that share the input X: q, k and v, or gate and up.
 
     The gradient of X is summed over the TP group once, for all of them: f in Megatron-LM (Shoeybi et al. 2019, section
-    3). The sum travels while the gradients of the weights, which don't depend on it, are computed.
-
-    Layers of unequal width are computed as one product: those of few key-value heads alone can't fill a GPU.
+    3). Layers of unequal width are computed as one product: those of few key-value heads alone can't fill a GPU.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, group: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """[..., n_i/t] for each layer, from x [..., k] and the weights [n_i/t, k], followed by the biases or None."""
         weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         ctx.group, ctx.sizes, ctx.biased = group, [weight.shape[0] for weight in weights], biases[0] is not None
         ctx.merged = len(set(ctx.sizes)) > 1
@@ -58,32 +55,32 @@ class ColumnProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of what `forward` takes; that of x is the sum over the TP group."""
         x, *weights = ctx.saved_tensors
         parts = [gradient.flatten(0, -2) for gradient in gradients]
         if ctx.merged:
             parts, weights = [torch.cat(parts, -1)], [torch.cat(weights)]
-        dx = parts[0] @ weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            dx = torch.addmm(dx, part, weight)
-        dx = all_reduce(dx, ctx.group)
-        rows = x.flatten(0, -2)
-        dw, db = [part.T @ rows for part in parts], [part.sum(0) if ctx.biased else None for part in parts]
+        dx, dw = torch.ops.tp2d.column_gradients(x.flatten(0, -2), parts, weights, ctx.group)
+        db = [part.sum(0) if ctx.biased else None for part in parts]
         if ctx.merged:
             dw = dw[0].split(ctx.sizes)
             db = db[0].split(ctx.sizes) if ctx.biased else [None] * len(ctx.sizes)
-        return wait(dx).view_as(x), None, *dw, *db
+        return dx.view_as(x), None, *dw, *db
 
 
-class ReduceForward(torch.autograd.Function):
-    """Z = Σ_i Z_i over the TP group; each part's gradient is Z's: g in Megatron-LM."""
-
-    @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        return wait(all_reduce(part, group))
+class RowProduct(torch.autograd.Function):
+    """Z = Σ Y Aᵀ over the TP group; each part's gradient is Z's: g in Megatron-LM."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
+    def forward(ctx: Any, y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
+        """[..., n] from y [..., k/t] and the weight [n, k/t]."""
+        ctx.save_for_backward(y, weight)
+        return torch.ops.tp2d.row_product(y, weight, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        y, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).T @ y.flatten(0, -2), None
 
 
 class ColumnLinear(LinearLayer):
@@ -98,7 +95,7 @@ class RowLinear(LinearAllreduce):
     """AutoTP's row-wise layer with a sum that the compiler can see."""
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        z = ReduceForward.apply(F.linear(y, self.weight), self.mp_group)
+        z = RowProduct.apply(y, self.weight, self.mp_group.group_name)
         return z if self.bias is None else z + self.bias
 
 
@@ -106,7 +103,7 @@ class VocabLinear(VocabParallelLinear):
     """The head, whose input's gradient travels while its weight's is computed."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ColumnProducts.apply(x, self.mp_group, self.weight, self.bias)[0]
+        return ColumnProducts.apply(x, self.mp_group.group_name, self.weight, self.bias)[0]
 
 
 FASTER = {LinearAllreduce: RowLinear, VocabParallelLinear: VocabLinear}
@@ -131,7 +128,8 @@ def reduce_once_per_block(model: torch.nn.Module) -> None:
 def _enter_block(columns: list[ColumnLinear], _: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     x = args[0] if args else kwargs["hidden_states"]
     weights, biases = [column.weight for column in columns], [column.bias for column in columns]
-    for column, part in zip(columns, ColumnProducts.apply(x, columns[0].mp_group, *weights, *biases), strict=True):
+    group = columns[0].mp_group.group_name
+    for column, part in zip(columns, ColumnProducts.apply(x, group, *weights, *biases), strict=True):
         column.part = part
 
 
@@ -207,16 +205,13 @@ def compilers(on_gpu: bool) -> bool:
 def compile_layers(model: torch.nn.Module) -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
-    # The compiler orders a graph by its memory, and would wait for a sum before it computes what is independent of it.
-    torch._inductor.config.reorder_for_compute_comm_overlap = True
-    torch._inductor.config.reorder_for_compute_comm_overlap_passes = ["sink_waits"]
     for layer in model.base_model.layers:
         layer.compile(dynamic=False)
 
 
 # What "selective" checkpointing keeps: the results of matrix products, attention and communication. The element-wise
 # rest is cheap to compute again.
-KEPT = {"mm", "addmm", "bmm", "all_reduce", "wait_tensor"}
+KEPT = {"mm", "addmm", "bmm", "row_product"}
 
 
 def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

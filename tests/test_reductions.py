@@ -1,0 +1,55 @@
+"""Products with a sum over two processes, against the same products of whole matrices."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tp2d_helpers import reductions
+
+K, N, TOKENS = 64, 48, 2 * reductions.ROWS_TO_HALVE
+ROUNDS = 50  # more than there are inboxes, and enough for one process to run ahead of the other
+
+
+def compare(rank: int, store: str, on_gpu: bool) -> None:
+    """The work of one process: exact numbers, as all entries are small integers."""
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    group = dist.group.WORLD
+    if on_gpu:
+        assert reductions.copy_between_peers(group, TOKENS * K, dtype)
+    for step in range(ROUNDS):
+        tokens = TOKENS if step % 3 else 7  # of two halves, and of one part
+        tokens += TOKENS if step == ROUNDS - 1 else 0  # more than an inbox holds
+        torch.manual_seed(step)
+        whole = lambda *shape: torch.randint(-1, 2, shape).to(device, dtype)  # noqa: E731
+        y, row, x, column, gradient = whole(tokens, K), whole(N, K), whole(tokens, K), whole(N, K), whole(tokens, N)
+        half = slice(rank * K // 2, (rank + 1) * K // 2)
+        z = torch.ops.tp2d.row_product(y[:, half].contiguous(), row[:, half].contiguous(), group.group_name)
+        assert torch.equal(z, y @ row.T), f"row product {step}"
+        half = slice(rank * N // 2, (rank + 1) * N // 2)
+        parts, weights = gradient[:, half].split(N // 4, 1), column[half].split(N // 4)
+        dx, dw = torch.ops.tp2d.column_gradients(x, list(parts), list(weights), group.group_name)
+        assert torch.equal(dx, gradient @ column), f"input's gradient {step}"
+        assert torch.equal(torch.cat(dw), (gradient.T @ x)[half]), f"weights' gradients {step}"
+    dist.barrier()
+    os._exit(0)  # threads of communication libraries may not end by themselves
+
+
+@pytest.mark.parametrize("on_gpu", [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+])  # fmt: skip
+def test_sums_over_two_processes(tmp_path: Path, on_gpu: bool) -> None:
+    torch.multiprocessing.spawn(compare, (str(tmp_path / "store"), on_gpu), nprocs=2)
