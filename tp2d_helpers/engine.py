@@ -123,7 +123,7 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
-    optimize(engine, config)
+    optimize(engine, config, mpu.tp_group)
     startup.mark("sharding")
     # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
     transformers.set_seed(seed + 1 + mpu.dp_rank)
@@ -148,14 +148,14 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     return chosen, ""
 
 
-def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any]) -> None:
+def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:
     """Make the engine's step faster; what it computes stays the same."""
     (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
     if "block_all_reduce" in names:
         layers.reduce_once_per_block(model)
     if "peer_copies" in names:
         tokens = config["batch_size_per_gpu"] * config["seq_length"]
-        reductions.copy_between_peers(engine.mpu.tp_group, tokens * model.config.hidden_size, model.dtype)
+        reductions.copy_between_peers(tp_group, tokens * model.config.hidden_size, model.dtype)
     if "fused_loss" in names:
         layers.fuse_loss(model, "compile" in names)
     if "fused_step" in names:
