@@ -59,7 +59,8 @@ def test_summary_of_a_trace() -> None:
     found = summarize(
         [
             kernel("gemm", 1000, 3000),
-            kernel("ncclDevKernel_AllReduce", 3000, 4000),
+            kernel("ncclDevKernel_AllReduce", 3000, 3500),
+            kernel("Memcpy PtoP (Device -> Device)", 3500, 4000),
             kernel("gemm", 8000, 1000),
             kernel("Memset", 8500, 1500, "gpu_memset"),
             kernel("aten::mm", 0, 99999, "cpu_op"),
@@ -67,7 +68,7 @@ def test_summary_of_a_trace() -> None:
         ]
     )
     expected = dict(window_ms=9, compute_ms=5, communication_ms=4, communication_exposed_ms=3,
-                    communication_hidden_ms=1, idle_ms=1, kernels=4)  # fmt: skip
+                    communication_hidden_ms=1, idle_ms=1, kernels=5)  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     assert dict(name="gemm", ms=4, calls=2) in found["top_kernels"]
     assert summarize([kernel("aten::mm", 0, 5, "cpu_op")]) == {"kernels": 0}

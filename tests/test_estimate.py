@@ -68,6 +68,10 @@ def test_communication_by_hand(ideal: None) -> None:
     blocks = step_time(SHARD, Setting(tp_size=2, seq_length=3, optimizations=ON_GPU), SIMPLE)
     each, behind = 2 * 3 * 8 / 10, 2 * 2 * 3 * sum(k * n for k, n in [*LAYER[:3], *LAYER[4:6]]) / 1000
     assert behind < 4 * each and blocks.tp_communication == pytest.approx((2 * 4 + 1) * each - behind)
+    many = Setting(tp_size=2, seq_length=4096, optimizations=ON_GPU)
+    together = step_time(SHARD, replace(many, optimizations=ON_GPU - {"peer_copies"}), SIMPLE).tp_communication
+    halves = together - step_time(SHARD, many, SIMPLE).tp_communication  # of 2 layers' forward sums
+    assert halves == pytest.approx(2 * 2 / 2 * 2 * 4096 * 8 / 10)
     every = step_time(SHARD, Setting(tp_size=2, seq_length=3), SIMPLE)
     assert every.tp_communication == pytest.approx((2 * 7 + 1) * each)
     replicas = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE)

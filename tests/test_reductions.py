@@ -12,14 +12,15 @@ import torch.distributed as dist
 
 from tp2d_helpers import reductions
 
-K, N, TOKENS = 64, 48, 2 * reductions.ROWS_TO_HALVE
-ROUNDS = 50  # more than there are inboxes, and enough for one process to run ahead of the other
+TOKENS = 3 * reductions.ROWS_TO_HALVE
+ROUNDS = 20  # more than there are inboxes, and enough for one process to run ahead of the other
 
 
 def compare(rank: int, store: str, on_gpu: bool) -> None:
     """The work of one process: exact numbers, as all entries are small integers."""
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
+    K, N = (256, 512) if on_gpu else (16, 8)
     if on_gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -30,7 +31,7 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
     if on_gpu:
         assert reductions.copy_between_peers(group, TOKENS * K, dtype)
     for step in range(ROUNDS):
-        tokens = TOKENS if step % 3 else 7  # of two halves, and of one part
+        tokens = TOKENS if step % 3 else 7  # by copies in two halves, and by a collective
         tokens += TOKENS if step == ROUNDS - 1 else 0  # more than an inbox holds
         torch.manual_seed(step)
         whole = lambda *shape: torch.randint(-1, 2, shape).to(device, dtype)  # noqa: E731

@@ -139,7 +139,7 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
     if names == "auto" and not on_gpu:
         chosen.discard("compile")
-    if not on_gpu or config["tp_size"] != 2 or "block_all_reduce" not in chosen:
+    if not on_gpu or config.get("tp_size", 1) != 2 or "block_all_reduce" not in chosen:
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"

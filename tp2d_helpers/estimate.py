@@ -162,7 +162,8 @@ def _element_wise(shard: Shard, setting: Setting, device: Device) -> float:
 def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network) -> float:
     """All-reduces of a micro-batch's hidden states over the TP group, as far as nothing hides them.
 
-    With one per block, those of the backward pass hide behind the gradients of the column-wise layers' weights.
+    With one per block, those of the backward pass hide behind the gradients of the column-wise layers' weights, and
+    those of the forward pass by half where peers copy.
     """
     if setting.tp_size == 1:
         return 0.0
@@ -174,7 +175,8 @@ def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
     rate = _rate(setting.tp_size, device, network)
     each = size / rate + MEASURED["latency"] * math.log2(setting.tp_size)
     behind = _weight_gradients(shard, setting, device) if "block_all_reduce" in setting.optimizations else 0.0
-    return count * each - min(behind, shard.layers * backward * each)
+    halves = shard.layers * BLOCKS / 2 if setting.copied_in_halves else 0
+    return (count - halves) * each - min(behind, shard.layers * backward * each)
 
 
 def _weight_gradients(shard: Shard, setting: Setting, device: Device) -> float:

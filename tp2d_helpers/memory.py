@@ -15,6 +15,7 @@ import transformers
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.engine import chosen_optimizations
 from tp2d_helpers.planner import shard_parameters, state_bytes
+from tp2d_helpers.reductions import ROWS_TO_HALVE
 
 # What autograd keeps of a decoder layer between its forward and backward pass, with flash attention, in tensors of
 # (hidden, query, key-value, mlp) width per token. The first width is whole on each rank of a TP group, the others are
@@ -74,6 +75,12 @@ class Setting:
     def one_pass_step(self) -> bool:
         """Whether the optimizer's step is `optimizer.fuse_step`'s, and not DeepSpeed's."""
         return "fused_step" in self.optimizations and self.zero_stage in (1, 2) and self.master_weights == "fp32"
+
+    @property
+    def copied_in_halves(self) -> bool:
+        """Whether half of a block's forward sum travels while the other half is computed (`reductions.row_product`)."""
+        copied = {"block_all_reduce", "peer_copies"} <= self.optimizations and self.tp_size == 2
+        return copied and self.tokens >= ROWS_TO_HALVE
 
     @property
     def loss(self) -> str:

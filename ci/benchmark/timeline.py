@@ -45,8 +45,8 @@ def exposed(intervals: Iterable[Interval], cover: Iterable[Interval]) -> float:
 
 
 def is_communication(name: str) -> bool:
-    """True for the kernels of collectives."""
-    return "nccl" in name.lower()
+    """True for the kernels of collectives, and for the copies between GPUs and the waits of `PeerCopies`."""
+    return any(part in name for part in ("nccl", "PtoP", "wait_signal"))
 
 
 def summarize(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
