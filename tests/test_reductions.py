@@ -29,7 +29,7 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
     )  # fmt: skip
     group = dist.group.WORLD
     if on_gpu:
-        assert reductions.copy_between_peers(group, TOKENS * K, dtype)
+        assert reductions.copy_between_peers(group, TOKENS * K, dtype) == ""
     for step in range(ROUNDS):
         tokens = TOKENS if step % 3 else 7  # by copies in two halves, and by a collective
         tokens += TOKENS if step == ROUNDS - 1 else 0  # more than an inbox holds
@@ -46,6 +46,33 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
         assert torch.equal(torch.cat(dw), (gradient.T @ x)[half]), f"weights' gradients {step}"
     dist.barrier()
     os._exit(0)  # threads of communication libraries may not end by themselves
+
+
+def fall_back(rank: int, store: str) -> None:
+    """One of two GPUs that should reach each other's memory can't share it: both go by collectives, and say why."""
+
+    class Refused(reductions.Collectives):
+        def __init__(self, group: dist.ProcessGroup, *_: object) -> None:
+            if rank == 1:
+                raise RuntimeError("pidfd_getfd: not permitted\nframe #0")
+            super().__init__(group)
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    device, reach = rank, True
+    torch.cuda.current_device, torch.cuda.can_device_access_peer = lambda: device, lambda *_: reach
+    reductions.PeerCopies, group = Refused, dist.group.WORLD
+    assert reductions.copy_between_peers(group, 1, torch.float32) == "pidfd_getfd: not permitted"
+    assert type(reductions.reduction(group.group_name)) is reductions.Collectives
+    reach = False
+    assert reductions.copy_between_peers(group, 1, torch.float32).startswith("GPU 0 of ")
+    reach, device = True, 0  # each process sees a GPU of its own only
+    assert reductions.copy_between_peers(group, 1, torch.float32).endswith("can't reach each other's memory")
+    dist.barrier()
+    os._exit(0)
+
+
+def test_without_access_collectives_sum(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(fall_back, (str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.parametrize("on_gpu", [

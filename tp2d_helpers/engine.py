@@ -155,9 +155,9 @@ def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group
         layers.reduce_once_per_block(model)
     if "peer_copies" in names:
         tokens = config["batch_size_per_gpu"] * config["seq_length"]
-        copied = reductions.copy_between_peers(tp_group, tokens * model.config.hidden_size, model.dtype)
-        if not copied and dist.get_rank() == 0:
-            print("no peer_copies: the two GPUs of a TP group can't reach each other's memory; NCCL sums", flush=True)
+        trouble = reductions.copy_between_peers(tp_group, tokens * model.config.hidden_size, model.dtype)
+        if trouble and dist.get_rank() == 0:
+            print(f"no peer_copies, NCCL sums: {trouble}", flush=True)
     if "fused_loss" in names:
         layers.fuse_loss(model, "compile" in names)
     if "fused_step" in names:

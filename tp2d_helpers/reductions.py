@@ -8,6 +8,7 @@ from the products beside them, and hide nothing (measured: README, "What holds t
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,23 +88,34 @@ def reduction(name: str) -> Collectives:
     return COPIES.get(name) or Collectives(dist.distributed_c10d._resolve_process_group(name))
 
 
-def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> bool:
+def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
     """Let the sums over a group of two GPUs use `PeerCopies`, if these reach each other's memory. Collective.
 
     Args:
         elements: of the largest tensor to sum; larger ones go by NCCL.
 
     Returns:
-        whether they do.
+        why they can't, the same on both; "" if they do.
     """
     COPIES.pop(group.group_name, None)
-    places: list = [None, None]
-    dist.all_gather_object(places, (socket.gethostname(), torch.cuda.current_device()), group=group)
-    (host, first), (other_host, second) = places
-    if host != other_host or first == second or not torch.cuda.can_device_access_peer(first, second):
-        return False
-    COPIES[group.group_name] = PeerCopies(group, elements, dtype)
-    return True
+    (host, first), (other, second) = _of_both((socket.gethostname(), torch.cuda.current_device()), group)
+    if host != other or first == second or not torch.cuda.can_device_access_peer(first, second):
+        return f"GPU {first} of {host} and GPU {second} of {other} can't reach each other's memory"
+    copies, trouble = None, ""
+    try:
+        copies = PeerCopies(group, elements, dtype)
+    except RuntimeError as error:  # a container may forbid what sharing memory needs
+        trouble = str(error).splitlines()[0]
+    trouble = next(filter(None, _of_both(trouble, group)), "")
+    if copies and not trouble:
+        COPIES[group.group_name] = copies
+    return trouble
+
+
+def _of_both(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    found = [None, None]
+    dist.all_gather_object(found, mine, group=group)
+    return found
 
 
 def row_product(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
