@@ -59,8 +59,8 @@ def test_summary_of_a_trace() -> None:
     found = summarize(
         [
             kernel("gemm", 1000, 3000),
-            kernel("ncclDevKernel_AllReduce", 3000, 3500),
-            kernel("Memcpy PtoP (Device -> Device)", 3500, 4000),
+            kernel("ncclDevKernel_AllReduce", 3000, 2500),
+            kernel("Memcpy PtoP (Device -> Device)", 5500, 1500),
             kernel("gemm", 8000, 1000),
             kernel("Memset", 8500, 1500, "gpu_memset"),
             kernel("aten::mm", 0, 99999, "cpu_op"),

@@ -105,6 +105,7 @@ def build_model(shape: dict[str, Any], folder: Path, seed: int = 0, dtype: torch
     # No pad_token_id: its embedding would begin as zeros. A sample that begins with that token stays zero through all
     # layers, and RMSNorm multiplies a zero's gradient by 1/√ε per layer: infinite after a dozen.
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = None
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
