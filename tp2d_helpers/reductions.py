@@ -47,12 +47,10 @@ class PeerCopies(Collectives):
         inboxes = symmetric_memory.empty(2 * elements, dtype=dtype, device=torch.device("cuda"))
         self.handle = symmetric_memory.rendezvous(inboxes, group)
         self.rank, self.peer = self.handle.rank, 1 - self.handle.rank
-        self.inboxes, self.outboxes = inboxes.split(elements), self._of_peer(inboxes).split(elements)
+        outboxes = self.handle.get_buffer(self.peer, inboxes.shape, inboxes.dtype)
+        self.inboxes, self.outboxes = inboxes.split(elements), outboxes.split(elements)
         self.signals = self.handle.get_signal_pad(self.peer)
         self.stream, self.turn, self.filled, self.pending = torch.cuda.Stream(), 0, 0, []
-
-    def _of_peer(self, inboxes: torch.Tensor) -> torch.Tensor:
-        return self.handle.get_buffer(self.peer, inboxes.shape, inboxes.dtype)
 
     def begin(self, part: torch.Tensor) -> None:
         inbox, outbox = self.inboxes[self.turn], self.outboxes[self.turn]
