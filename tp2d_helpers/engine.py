@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 from typing import Any
 
 import deepspeed
@@ -86,12 +87,7 @@ def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, An
 
 
 def setup_model_with_autotp(
-    model_name: str,
-    tp_size: int,
-    dp_size: int,
-    world_rank: int,
-    world_size: int,
-    config: dict[str, Any],
+    model_name: str, tp_size: int, dp_size: int, world_rank: int, world_size: int, config: dict[str, Any]
 ) -> tuple[deepspeed.DeepSpeedEngine, dist.ProcessGroup, dist.ProcessGroup, int, int]:
     """Build the engine of this rank. Collective: every rank of the world calls it with the same arguments.
 
@@ -139,13 +135,18 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
     if names == "auto" and not on_gpu:
         chosen.discard("compile")
-    if not on_gpu or config.get("tp_size", 1) != 2 or "block_all_reduce" not in chosen:
+    if not (on_gpu and peers_copy(chosen, config.get("tp_size", 1))):
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
     if "compile" in chosen and not layers.compilers(on_gpu):
         return chosen - {"compile"}, f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed"
     return chosen, ""
+
+
+def peers_copy(names: Collection[str], tp_size: int) -> bool:
+    """Whether a TP group's sums may travel as copies: it has two peers, and the sums are our own."""
+    return tp_size == 2 and {"block_all_reduce", "peer_copies"}.issubset(names)
 
 
 def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:

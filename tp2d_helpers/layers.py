@@ -26,13 +26,9 @@ from tp2d_helpers.demo import cache_dir
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
-    """Start an all-reduce into a new tensor, which `wait` makes ready."""
-    return torch.ops._c10d_functional.all_reduce(tensor, operation, group.group_name)
-
-
-def wait(tensor: torch.Tensor) -> torch.Tensor:
-    """Let the device wait for `all_reduce`."""
-    return torch.ops._c10d_functional.wait_tensor(tensor)
+    """The reduction over the group, as a new tensor; the device waits for it."""
+    reduced = torch.ops._c10d_functional.all_reduce(tensor, operation, group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
 class ColumnProducts(torch.autograd.Function):
@@ -79,6 +75,7 @@ class RowProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Gradients of y and of the weight, from that of z [..., n]: nothing travels."""
         y, weight = ctx.saved_tensors
         return gradient @ weight, gradient.flatten(0, -2).T @ y.flatten(0, -2), None
 
@@ -87,14 +84,16 @@ class ColumnLinear(LinearLayer):
     """Hands out its part of its block's `ColumnProducts`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n/t]; x [..., k] has been multiplied as its block was entered."""
         part, self.part = self.part, None
         return part
 
 
 class RowLinear(LinearAllreduce):
-    """AutoTP's row-wise layer with a sum that the compiler can see."""
+    """AutoTP's row-wise layer, its product and its sum as one operator."""
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., n], the same on all ranks, from y [..., k/t]."""
         z = RowProduct.apply(y, self.weight, self.mp_group.group_name)
         return z if self.bias is None else z + self.bias
 
@@ -103,6 +102,7 @@ class VocabLinear(VocabParallelLinear):
     """The head, whose input's gradient travels while its weight's is computed."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., V/t], from x [..., h]."""
         return ColumnProducts.apply(x, self.mp_group.group_name, self.weight, self.bias)[0]
 
 
@@ -144,14 +144,14 @@ class CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None, first: int
     ) -> torch.Tensor:
+        """fp32 [positions], 0 where there is no target; `first` is the token id of this rank's first logit."""
         scores, local = logits.float(), targets - first
         mine = (local >= 0) & (local < logits.shape[-1])
         picked = scores.gather(-1, torch.where(mine, local, 0).unsqueeze(-1)).squeeze(-1)
         picked, normaliser = torch.where(mine, picked, 0.0), torch.logsumexp(scores, -1)
         if group is not None:
-            highest = wait(all_reduce(normaliser, group, "max"))
-            sums = all_reduce(torch.stack([torch.exp(normaliser - highest), picked]), group)
-            total, picked = wait(sums).unbind()
+            highest = all_reduce(normaliser, group, "max")
+            total, picked = all_reduce(torch.stack([torch.exp(normaliser - highest), picked]), group).unbind()
             normaliser = highest + torch.log(total)
         ctx.save_for_backward(logits, targets, normaliser)
         ctx.first = first
@@ -159,6 +159,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """[positions, V/t] in the dtype of the logits."""
         logits, targets, normaliser = ctx.saved_tensors
         target = torch.arange(logits.shape[-1], device=logits.device) == (targets - ctx.first).unsqueeze(-1)
         weight = torch.where(targets != IGNORED, gradient, 0.0).unsqueeze(-1)
@@ -181,6 +182,7 @@ def causal_lm_loss(group: dist.ProcessGroup | None, first: int) -> Callable[...,
         num_items_in_batch: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
+        """The sum over the positions, divided by `num_items_in_batch`, or else by how many have a target."""
         targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # cheaper than to cut the logits, which copies them
         losses = CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), group, first)
         count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

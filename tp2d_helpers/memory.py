@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 
 from tp2d_helpers.config import OPTIMIZATIONS
-from tp2d_helpers.engine import chosen_optimizations
+from tp2d_helpers.engine import chosen_optimizations, peers_copy
 from tp2d_helpers.planner import shard_parameters, state_bytes
 from tp2d_helpers.reductions import ROWS_TO_HALVE
 
@@ -79,8 +79,7 @@ class Setting:
     @property
     def copied_in_halves(self) -> bool:
         """Whether half of a block's forward sum travels while the other half is computed (`reductions.row_product`)."""
-        copied = {"block_all_reduce", "peer_copies"} <= self.optimizations and self.tp_size == 2
-        return copied and self.tokens >= ROWS_TO_HALVE
+        return peers_copy(self.optimizations, self.tp_size) and self.tokens >= ROWS_TO_HALVE
 
     @property
     def loss(self) -> str:
@@ -150,6 +149,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
@@ -192,6 +192,7 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     widths = (shard.hidden, shard.query, shard.key_value, shard.mlp)
 
     def size(counts: tuple[int, ...] | list[int]) -> float:
+        """Bytes of so many tensors of each width."""
         sums = 4 * shard.heads if counts[1] else 0
         return setting.tokens * (setting.width * sum(map(int.__mul__, counts, widths)) + sums)
 

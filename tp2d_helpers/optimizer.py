@@ -27,6 +27,7 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update the partition and gather the weights; gradients that aren't finite leave all as it was."""
         self.micro_step_id = INITIAL_MICRO_STEP_ID
         norm = self._norm()
         self._global_grad_norm, self.overflow = norm, False

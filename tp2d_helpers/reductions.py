@@ -53,10 +53,12 @@ class PeerCopies(Collectives):
         self.stream, self.turn, self.filled, self.pending = torch.cuda.Stream(), 0, 0, []
 
     def begin(self, part: torch.Tensor) -> None:
+        """As `Collectives.begin`, which small parts, and those of another dtype or beyond the inbox, are left to."""
         inbox, outbox = self.inboxes[self.turn], self.outboxes[self.turn]
         small = part.numel() * part.element_size() < BYTES_TO_COPY
         if small or part.dtype != inbox.dtype or self.filled + part.numel() > inbox.numel():
-            return super().begin(part)
+            super().begin(part)
+            return
         place, channel = slice(self.filled, self.filled + part.numel()), 2 * len(self.pending) + self.turn
         self.filled += part.numel()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -66,9 +68,9 @@ class PeerCopies(Collectives):
             # `wait_signal`.
             symmetric_memory._SymmetricMemory.stream_write_value32(self.signals, 2 * channel + self.rank, 1)
         self.pending.append((part, inbox[place], channel, self.stream.record_event()))
-        return None
 
     def finish(self) -> None:
+        """Add what the peer has sent; let the device wait for the rest."""
         for part, received, channel, sent in self.pending:
             torch.cuda.current_stream().wait_event(sent)
             self.handle.wait_signal(self.peer, channel)

@@ -9,7 +9,6 @@ layers and a small vocabulary, a shape's own widths are measured, and the rest f
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
@@ -97,6 +96,8 @@ def build(options: argparse.Namespace, folder: Path) -> int:
 
 def main() -> None:
     """The command line."""
+    from inputs import environment
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-70b")
     parser.add_argument("--layers", type=int, default=1)
@@ -106,9 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     folder = options.scratch.absolute()
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
     report = dict(
-        date=time.strftime("%Y-%m-%d"), versions=versions, shape=options.shape, layers=options.layers,
+        date=time.strftime("%Y-%m-%d"), versions=environment()["versions"], shape=options.shape, layers=options.layers,
         vocabulary=options.vocabulary, parameters=build(options, folder / "model"), runs=[],
     )  # fmt: skip
     for tp in options.tp:
