@@ -18,14 +18,14 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tp2d_helpers import layers, reductions, startup
+from tp2d_helpers import graphs, layers, reductions, startup
 from tp2d_helpers.config import OPTIMIZATIONS, ConfigError, reason
 from tp2d_helpers.mpu import ModelParallelUnit
 from tp2d_helpers.optimizer import fuse_step
 from tp2d_helpers.sharding import check_shards, planned_shapes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STAGE_3_CANNOT = {"compile", "block_all_reduce", "peer_copies"}
+STAGE_3_CANNOT = {"compile", "block_all_reduce", "peer_copies", "cuda_graph"}
 
 
 def get_mixed_precision_dtype() -> torch.dtype:
@@ -73,6 +73,7 @@ def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, An
         "zero_optimization": {"stage": zero_stage, "overlap_comm": overlap},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # they wait for the GPU before and after each step
     }
     if tp_size > 1:
         # The head's output stays divided by vocabulary, and the cross-entropy is computed on the parts: the whole
@@ -119,8 +120,9 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
-    optimize(engine, config, mpu.tp_group)
     startup.mark("sharding")
+    optimize(engine, config, mpu.tp_group)
+    startup.mark("optimizations")
     # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
     transformers.set_seed(seed + 1 + mpu.dp_rank)
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
@@ -129,13 +131,17 @@ def setup_model_with_autotp(
 def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str], str]:
     """(names of `OPTIMIZATIONS` that a run uses, why one that was asked for is left out).
 
-    "auto" takes all that help: on CPUs, compilation costs a minute and gains little. Copies are between two peers.
+    "auto" takes all that help: on CPUs, compilation costs a minute and gains little; graphs are for one GPU per copy
+    of the model. Copies are between two peers, and not in a graph: each goes to another inbox than the one before.
     """
-    names, stage = config.get("optimizations", "auto"), config.get("zero_stage", 1)
+    names, stage, tp_size = config.get("optimizations", "auto"), config.get("zero_stage", 1), config.get("tp_size", 1)
     chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
     if names == "auto" and not on_gpu:
         chosen.discard("compile")
-    if not (on_gpu and peers_copy(chosen, config.get("tp_size", 1))):
+    recomputes = config.get("activation_checkpointing", "none") != "none"
+    if not on_gpu or recomputes or (names == "auto" and tp_size > 1):
+        chosen.discard("cuda_graph")
+    if "cuda_graph" in chosen or not (on_gpu and peers_copy(chosen, tp_size)):
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
@@ -152,11 +158,13 @@ def peers_copy(names: Collection[str], tp_size: int) -> bool:
 def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:
     """Make the engine's step faster; what it computes stays the same."""
     (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
+    micro_batch, seq_length = config["batch_size_per_gpu"], config["seq_length"]
+    graphs.expect_whole_samples(model)
     if "block_all_reduce" in names:
         layers.reduce_once_per_block(model)
     if "peer_copies" in names:
-        tokens = config["batch_size_per_gpu"] * config["seq_length"]
-        trouble = reductions.copy_between_peers(tp_group, tokens * model.config.hidden_size, model.dtype)
+        elements = micro_batch * seq_length * model.config.hidden_size
+        trouble = reductions.copy_between_peers(tp_group, elements, model.dtype)
         if trouble and dist.get_rank() == 0:
             print(f"no peer_copies, NCCL sums: {trouble}", flush=True)
     if "fused_loss" in names:
@@ -166,6 +174,12 @@ def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group
     layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
     if "compile" in names:
         layers.compile_layers(model)
+    layer = sum(parameter.numel() for parameter in model.base_model.layers[0].parameters())
+    if "cuda_graph" in names and graphs.host_bound(layer, micro_batch * seq_length):
+        keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
+        trouble = graphs.replay_passes(model, (micro_batch, seq_length), keeps)
+        if trouble and dist.get_rank() == 0:
+            print(f"no cuda_graph: {trouble}", flush=True)
 
 
 def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from tp2d_helpers import startup
+from tp2d_helpers import graphs, startup
 from tp2d_helpers.sharding import meta_model
 
 # Dense 16-bit tensor-core peak in FLOP/s, from the vendor's datasheets. The first name that fits counts.
@@ -188,7 +188,7 @@ class StepMetrics:
 
     def _peak_memory(self) -> float:
         if self.cuda:
-            return torch.cuda.max_memory_allocated() / 2**30
+            return graphs.peak_memory() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from tp2d_helpers import graphs
 from tp2d_helpers.engine import load_config
 from tp2d_helpers.estimate import device_named
 from tp2d_helpers.fit import GIB, advice, describe
@@ -56,4 +57,4 @@ def _gpu() -> tuple[str, float | None, float]:
     if not torch.cuda.is_available():
         return "no GPU", None, 0.0
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return properties.name, properties.total_memory / GIB, torch.cuda.max_memory_allocated() / GIB
+    return properties.name, properties.total_memory / GIB, graphs.peak_memory() / GIB

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from timeline import Clock, record, synchronize
 from trainer import Trainer, batches, engine_trainer
 
+from tp2d_helpers import graphs
 from tp2d_helpers.metrics import model_flops_per_token, peak_flops
 from tp2d_helpers.sharding import meta_model
 
@@ -69,7 +70,7 @@ def peak_gib(device: torch.device) -> float | None:
     """Most GPU memory allocated since the last reset, the highest of all ranks; None on a CPU. Collective."""
     if device.type == "cpu":
         return None
-    peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=device)
+    peak = torch.tensor(graphs.peak_memory() / 2**30, device=device)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return peak.item()
 
