@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -226,6 +227,32 @@ def test_data_by_world_rank_is_found(train: Train) -> None:
 def test_missing_all_reduce_is_found(train: Train, patch: Callable[..., None], found: str) -> None:
     with pytest.raises(AssertionError, match=found):
         assert_equal_runs(train("qwen2-tied", tp_size=2, patch=patch), train("qwen2-tied"))
+
+
+def _forbid_waiting(names: dict[str, Any]) -> None:
+    """A step that asks for the device's results, or waits for it to be done, fails; the first compares the batches."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    train_step = names["train_step"]
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the host waits for the device")
+
+    def watched(*arguments: Any) -> Any:
+        names["train_step"] = watched_from_now
+        return train_step(*arguments)
+
+    def watched_from_now(*arguments: Any) -> Any:
+        with mock.patch.object(torch.Tensor, "item", fail), mock.patch.object(get_accelerator(), "synchronize", fail):
+            return train_step(*arguments)
+
+    names["train_step"] = watched
+
+
+def test_no_step_waits_for_the_device(train: Train) -> None:
+    run = train("qwen2-tied", tp_size=2, dp_size=2, gradient_accumulation_steps=2, patch=_forbid_waiting)
+    assert_equal_runs(run, train("qwen2-tied"))
 
 
 def test_infinite_gradients_end_the_run(train: Train) -> None:
