@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from grid import Run, assert_equal_runs
 from transformers import masking_utils
 
-from tp2d_helpers import graphs
+from tp2d_helpers import graphs, reductions  # noqa: F401 — defines the operators of torch.ops.tp2d
 from tp2d_helpers.engine import chosen_optimizations, load_model
 
 Train = Callable[..., Run]
@@ -170,3 +171,48 @@ def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: 
     names, _ = chosen_optimizations(settings, on_gpu)
     assert ("cuda_graph" in names) == chosen
     assert not {"cuda_graph", "peer_copies"} <= names
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) -> None:
+    """The passes of real graphs, between them one of another shape, which they leave alone."""
+    found = []
+    for replays in (False, True):
+        model = load_model(str(tiny_model("llama")), torch.float32).cuda()
+        graphs.expect_whole_samples(model)
+        if replays:
+            assert graphs.replay_passes(model, SHAPE, keeps_gradients=True) == ""
+        optimizer, draw, losses = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator().manual_seed(0), []
+        for samples in (2, 2, 1, 2, 2):
+            for _ in range(accumulation):
+                ids = torch.randint(2048, (samples, SHAPE[1]), generator=draw).cuda()
+                count = torch.tensor(float(samples * accumulation * SHAPE[1] - 1), device="cuda")
+                losses.append(model(input_ids=ids, labels=ids, num_items_in_batch=count).loss)
+                losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.stack(losses))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_sums_in_a_graph(tmp_path: Path) -> None:
+    """The products of `reductions.py`, with NCCL's sums over a group of one."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        name = dist.group.WORLD.group_name
+        y, weight = torch.ones(8, 16, device="cuda"), torch.ones(4, 16, device="cuda")
+        dist.all_reduce(y.clone())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = torch.ops.tp2d.row_product(y, weight, name)
+            dx, _ = torch.ops.tp2d.column_gradients(y, [z], [weight], name)
+        for factor in (2, 3):
+            y.fill_(factor)
+            graph.replay()
+            assert z.tolist() == [[16 * factor] * 4] * 8 and dx.tolist() == [[64 * factor] * 16] * 8
+    finally:
+        dist.destroy_process_group()

@@ -72,10 +72,10 @@ MEASURED = {
 PASSES = {"eager": (160, 36, 13), "compiled": (30, 8, 12)}
 LOSS_PASSES = {"whole": 34, "vocabulary": 60, "separate": 88, "fused": 8}  # bytes read and written per logit
 STEP_BYTES = {"fused": 28 + 7, "deepspeed": 160}  # per parameter of the partition: see `_optimizer`
-# Seconds to launch a layer's kernels, forward and backward. Hosts differ: steps of 24 compiled layers on 1 × 512 tokens
-# at tp 2 took 71 to 83 ms, of eager ones on 8 × 1024 tokens 151 to 232 ms.
-HOST_LAYER = {"eager": 7.5e-3, "compiled": 2.8e-3}
-HOST_STEP = 10e-3  # seconds on the host per optimizer step
+# Seconds to launch a layer's kernels, forward and backward; of a graph, to hand out its gradients. Hosts differ: steps
+# of 24 compiled layers on 1 × 512 tokens took 42 to 87 ms, of graphs 11 to 14, of eager ones on 8 × 1024 151 to 232 ms.
+HOST_LAYER = {"eager": 7.5e-3, "compiled": 2.8e-3, "graph": 0.3e-3}
+HOST_STEP = 4e-3  # seconds on the host per optimizer step
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def device_named(name: str) -> Device | None:
 def step_time(shard: Shard, setting: Setting, device: Device, network: Network | None = None) -> StepTime:
     """Seconds of one optimizer step.
 
-    Work of the micro-batches adds up, and takes at least as long as the host needs to launch it. ZeRO's collectives
+    The work adds up, and takes at least as long as the host needs to launch it all. ZeRO's collectives
     hide behind the last backward pass (stage 2: behind all of them), as far as they are no longer than that. Those of
     stage 3, which a layer waits for before it can compute, hide behind nothing.
     """
@@ -114,20 +114,14 @@ def step_time(shard: Shard, setting: Setting, device: Device, network: Network |
     products, attention = _products(shard, setting, device), _attention(shard, setting, device)
     element_wise, tp = _element_wise(shard, setting, device), _tp_seconds(shard, setting, device, network)
     micro = products + attention + element_wise + tp
-    host = max(0.0, HOST_LAYER[how] * shard.layers - micro) * count
     backward = 2 / 3 * micro * {2: count, 3: 0}.get(setting.zero_stage, 1)
+    dp = _dp_seconds(shard, setting, device, network, MEASURED["hidden"] * backward)
+    optimizer = _optimizer(shard, setting, device)
+    host = HOST_LAYER["graph" if setting.replays(shard) else how] * shard.layers * count + HOST_STEP
     return StepTime(
-        products * count, attention * count, element_wise * count, tp * count,
-        dp_communication=_dp_seconds(shard, setting, device, network, MEASURED["hidden"] * backward),
-        optimizer=_optimizer(shard, setting, device), host=host + HOST_STEP,
+        products * count, attention * count, element_wise * count, tp * count, dp, optimizer,
+        host=max(0.0, host - micro * count - dp - optimizer),
     )  # fmt: skip
-
-
-def layer_products(shard: Shard) -> list[tuple[int, int]]:
-    """[in, out] of each matrix of a decoder layer, as this rank has it."""
-    h, mlp = shard.hidden, shard.mlp
-    gates = max(1, shard.block_inputs - 3)  # column-wise layers besides q, k and v
-    return [(h, shard.query), *[(h, shard.key_value)] * 2, (shard.query, h), *[(h, mlp)] * gates, (mlp, h)]
 
 
 def _products(shard: Shard, setting: Setting, device: Device) -> float:
@@ -136,7 +130,7 @@ def _products(shard: Shard, setting: Setting, device: Device) -> float:
     m is the tokens. Each also moves its three matrices once, which is what makes narrow products slow.
     """
     times = 4 if setting.activation_checkpointing == "full" else 3
-    shapes = [(times, *shape) for shape in layer_products(shard)] * shard.layers
+    shapes = [(times, *shape) for shape in shard.layer_products] * shard.layers
     shapes += [(3, shard.hidden, shard.vocabulary)]
     m, rate = setting.tokens, device.peak * MEASURED["products"]
     work = sum(t * 2 * m * k * n for t, k, n in shapes) / rate
@@ -181,7 +175,7 @@ def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
 
 def _weight_gradients(shard: Shard, setting: Setting, device: Device) -> float:
     """Products of a micro-batch that make the gradients of the column-wise weights: all but a block's last."""
-    columns = sum(k * n for k, n in layer_products(shard)) - shard.hidden * (shard.query + shard.mlp)
+    columns = sum(k * n for k, n in shard.layer_products) - shard.hidden * (shard.query + shard.mlp)
     return shard.layers * 2 * setting.tokens * columns / (device.peak * MEASURED["products"])
 
 
@@ -260,5 +254,5 @@ def scaling_curve(
 
 def model_flops(whole: Shard, seq_length: int) -> float:
     """`flops_per_token` of the model that `whole`, its shard at tp_size 1, is: 6·N + 6·L·h·s, without recomputation."""
-    linear = sum(k * n for k, n in layer_products(whole)) * whole.layers + whole.hidden * whole.vocabulary
+    linear = sum(k * n for k, n in whole.layer_products) * whole.layers + whole.hidden * whole.vocabulary
     return flops_per_token(linear, whole.layers, whole.hidden, seq_length)

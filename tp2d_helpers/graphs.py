@@ -8,6 +8,7 @@ for models and micro-batches that are too small to keep a GPU busy.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -103,7 +104,9 @@ def _graphed(passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ..
     stream, pool, tracing = torch.cuda.current_stream(), torch.cuda.graph_pool_handle(), masking_utils.is_tracing
     masking_utils.is_tracing = lambda *_: False  # before 5.20, transformers takes a mask for what is captured
     try:
-        replay = torch.cuda.make_graphed_callables(passes, sample, allow_unused_input=True, pool=pool)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the aliases' isn't the default one
+            replay = torch.cuda.make_graphed_callables(passes, sample, allow_unused_input=True, pool=pool)
     finally:
         masking_utils.is_tracing = tracing
         torch.cuda.set_stream(stream)  # one that failed leaves its own

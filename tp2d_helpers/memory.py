@@ -7,13 +7,14 @@ batch is `planner.state_bytes`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import transformers
 
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.engine import chosen_optimizations, peers_copy
+from tp2d_helpers.graphs import host_bound
 from tp2d_helpers.planner import shard_parameters, state_bytes
 from tp2d_helpers.reductions import ROWS_TO_HALVE
 
@@ -41,7 +42,7 @@ BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_
 STAGE_3_LIVE = 1_050_000_000  # elements that stage 3 keeps gathered: `max_live_parameters` and one prefetch bucket
 STAGE_3_GROUP = 1_000_000_000  # elements that stage 3 steps at a time (`sub_group_size`)
 
-ON_GPU = frozenset(OPTIMIZATIONS)  # `optimizations = "auto"`, below ZeRO 3
+ON_GPU = frozenset(OPTIMIZATIONS)  # `optimizations = "auto"`, below ZeRO 3, each where it can be
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,12 @@ class Setting:
     def copied_in_halves(self) -> bool:
         """Whether half of a block's forward sum travels while the other half is computed (`reductions.row_product`)."""
         return peers_copy(self.optimizations, self.tp_size) and self.tokens >= ROWS_TO_HALVE
+
+    def replays(self, shard: Shard) -> bool:
+        """Whether the passes of a shard's model are CUDA graphs, where "auto" allows them."""
+        allowed = "cuda_graph" in self.optimizations and self.tp_size == 1 and self.zero_stage != 3
+        small = host_bound(sum(k * n for k, n in shard.layer_products), self.tokens)
+        return allowed and small and self.activation_checkpointing == "none"
 
     @property
     def loss(self) -> str:
@@ -135,6 +142,13 @@ class Shard:
             tied=bool(hf_config.tie_word_embeddings),
         )
 
+    @property
+    def layer_products(self) -> list[tuple[int, int]]:
+        """[in, out] of each matrix of a decoder layer, as this rank has it."""
+        gates = max(1, self.block_inputs - 3)  # column-wise layers besides q, k and v
+        attention = [(self.hidden, self.query), *[(self.hidden, self.key_value)] * 2, (self.query, self.hidden)]
+        return [*attention, *[(self.hidden, self.mlp)] * gates, (self.mlp, self.hidden)]
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -174,6 +188,8 @@ def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
     at_loss = Memory(state["weights"], earlier, optimizer, kept, logit_bytes(shard, setting), gathered + buckets)
     in_backward = Memory(state["weights"], earlier, optimizer, kept + layer, 0, gathered + buckets)
     at_end = Memory(state["weights"], partition, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
+    if setting.replays(shard):  # what the graphs use stays theirs
+        at_end = replace(at_end, gradients=state["gradients"], activations=kept, logits=at_loss.logits)
     return max(at_loss, in_backward, at_end, key=lambda moment: moment.total)
 
 
