@@ -2,8 +2,8 @@
 
 A section of the notebook is a module here, or some: `config`; `cluster`, `storage` and `preflight`; `planner`,
 `memory`, `estimate` and `fit`; `tokens`, `dataloader` and `evaluation`; `mpu`, `sharding`, `engine`, `layers`,
-`reductions`, `optimizer` and `kernels`; `run_folder`, `checkpoint`, `checkpoint_writer`, `resize` and `export`;
-`metrics`, `startup`, `guard`, `elastic` and `out_of_memory`; `display`. `demo` holds the embedded default.
+`reductions`, `optimizer`, `kernels` and `graphs`; `run_folder`, `checkpoint`, `checkpoint_writer`, `resize` and
+`export`; `metrics`, `startup`, `guard`, `elastic` and `out_of_memory`; `display`. `demo` holds the embedded default.
 """
 
 import os
