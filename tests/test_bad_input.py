@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 import transformers
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from grid import IMPORT_PATH, NOTEBOOK, run_grid
 from ray.actor import ActorClass
 
@@ -371,7 +372,8 @@ def test_architecture_that_autotp_cannot_shard(refused: Callable[..., None], tmp
     build_model({"model_type": kind, **shape}, tmp_path / kind, dtype=torch.float32)
     refused(f"{kind!r} can't be sharded by AutoTP", reason, model_name=str(tmp_path / kind), tp_size=2)
 
-    settings = dict(model_name=str(tmp_path / kind), debug_steps=8, learning_rate=1e-2, storage_path=str(tmp_path))
+    settings = dict(model_name=str(tmp_path / kind), debug_steps=8, learning_rate=1e-2, storage_path=str(tmp_path),
+                    activation_checkpointing="full")  # fmt: skip
     config = preflight.preflight(make_config(**{**SMALL, **settings})).config
     run_grid(config.model_dump())
     losses = [record["loss"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
@@ -482,8 +484,11 @@ def test_bf16_masters_of_another_precision(refused: Callable[..., None], precisi
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_on_cpu(precision: str, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
-    """Slow, but it trains, and so it is not refused."""
+def test_half_precision_on_cpu(
+    monkeypatch: pytest.MonkeyPatch, precision: str, tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    """Slow, but it trains, and so it is not refused, where DeepSpeed does not."""
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
     settings = dict(model_name=str(tiny_model("llama")), precision=precision, tp_size=2, debug_steps=8,
                     learning_rate=1e-2, storage_path=str(tmp_path))  # fmt: skip
     config = make_config(**{**SMALL, **settings})
@@ -491,6 +496,11 @@ def test_half_precision_on_cpu(precision: str, tmp_path: Path, tiny_model: Calla
     run_grid(config.model_dump())
     losses = [record["loss"] for record in read_metrics(config.run_dir / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_fp16_on_a_cpu_without_it(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: None)
+    refused("precision = 'fp16'", "this CPU lacks instructions for it", "take 'fp32' or 'bf16'", precision="fp16")
 
 
 def test_storage_that_cannot_be_written(refused: Callable[..., None], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from grid import Run, assert_equal_runs
 from transformers import masking_utils
 
-from tp2d_helpers import graphs, reductions  # noqa: F401 — defines the operators of torch.ops.tp2d
+from tp2d_helpers import graphs
 from tp2d_helpers.engine import chosen_optimizations, load_model
 
 Train = Callable[..., Run]

@@ -174,7 +174,7 @@ def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group
     layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
     if "compile" in names:
         layers.compile_layers(model)
-    layer = sum(parameter.numel() for parameter in model.base_model.layers[0].parameters())
+    layer = sum(parameter.numel() for parameter in layers.decoder_layers(model)[0].parameters())
     if "cuda_graph" in names and graphs.host_bound(layer, micro_batch * seq_length):
         keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
         trouble = graphs.replay_passes(model, (micro_batch, seq_length), keeps)

@@ -204,10 +204,16 @@ def compilers(on_gpu: bool) -> bool:
     return has_triton_package() if on_gpu else shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers: of all of the base model's own lists (`layers`; GPT-2's `h`), the longest."""
+    lists = [child for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
 def compile_layers(model: torch.nn.Module) -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model):
         layer.compile(dynamic=False)
 
 
@@ -229,5 +235,5 @@ def checkpoint_layers(model: torch.nn.Module, mode: str) -> None:
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    for layer in model.base_model.layers:
+    for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, **kwargs)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from packaging.version import Version
 
@@ -235,7 +236,7 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
     """(what the devices compute in, what the run will), by the GPU types that Ray reports.
 
     Raises:
-        ConfigError: for bf16 master weights of a run that doesn't compute in bf16.
+        ConfigError: for bf16 master weights of a run that doesn't compute in bf16, and for fp16 on a CPU without it.
     """
     old = config.use_gpu and PRE_AMPERE & {name.partition(":")[2] for name in resources}
     device = "fp32" if not config.use_gpu else "fp16" if old else "bf16"
@@ -245,6 +246,8 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
             f"master_weights = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
             "bf16 masters need precision 'bf16', all others take master_weights 'fp32'"
         )
+    if precision == "fp16" and not (config.use_gpu or CPU_Accelerator().is_fp16_supported()):
+        raise ConfigError("precision = 'fp16': this CPU lacks instructions for it (AVX512-FP16); take 'fp32' or 'bf16'")
     found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
     precision += " with loss scaling" if precision == "fp16" else ""
     return found, f"{precision}, {config.master_weights} master weights, {'NCCL' if config.use_gpu else 'gloo'}"
