@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -158,15 +159,13 @@ def peers_copy(names: Collection[str], tp_size: int) -> bool:
 def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:
     """Make the engine's step faster; what it computes stays the same."""
     (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
-    micro_batch, seq_length = config["batch_size_per_gpu"], config["seq_length"]
+    shape = config["batch_size_per_gpu"], config["seq_length"]
     graphs.expect_whole_samples(model)
     if "block_all_reduce" in names:
         layers.reduce_once_per_block(model)
     if "peer_copies" in names:
-        elements = micro_batch * seq_length * model.config.hidden_size
-        trouble = reductions.copy_between_peers(tp_group, elements, model.dtype)
-        if trouble and dist.get_rank() == 0:
-            print(f"no peer_copies, NCCL sums: {trouble}", flush=True)
+        elements = math.prod(shape) * model.config.hidden_size
+        _say("no peer_copies, NCCL sums", reductions.copy_between_peers(tp_group, elements, model.dtype))
     if "fused_loss" in names:
         layers.fuse_loss(model, "compile" in names)
     if "fused_step" in names:
@@ -174,12 +173,15 @@ def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group
     layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
     if "compile" in names:
         layers.compile_layers(model)
-    layer = sum(parameter.numel() for parameter in layers.decoder_layers(model)[0].parameters())
-    if "cuda_graph" in names and graphs.host_bound(layer, micro_batch * seq_length):
+    if "cuda_graph" in names and graphs.host_bound(layers.layer_parameters(model), math.prod(shape)):
         keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
-        trouble = graphs.replay_passes(model, (micro_batch, seq_length), keeps)
-        if trouble and dist.get_rank() == 0:
-            print(f"no cuda_graph: {trouble}", flush=True)
+        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps))
+
+
+def _say(what: str, trouble: str) -> None:
+    """A line on rank 0, if there was trouble."""
+    if trouble and dist.get_rank() == 0:
+        print(f"{what}: {trouble}", flush=True)
 
 
 def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:

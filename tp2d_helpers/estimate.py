@@ -105,9 +105,9 @@ def device_named(name: str) -> Device | None:
 def step_time(shard: Shard, setting: Setting, device: Device, network: Network | None = None) -> StepTime:
     """Seconds of one optimizer step.
 
-    The work adds up, and takes at least as long as the host needs to launch it all. ZeRO's collectives
-    hide behind the last backward pass (stage 2: behind all of them), as far as they are no longer than that. Those of
-    stage 3, which a layer waits for before it can compute, hide behind nothing.
+    The work adds up, and takes at least as long as the host needs to launch it all. ZeRO's collectives hide behind the
+    last backward pass (stage 2: behind all of them), as far as they are no longer than that. Those of stage 3, which a
+    layer waits for before it can compute, hide behind nothing.
     """
     network, count = network or Network(), setting.gradient_accumulation_steps
     how = "compiled" if "compile" in setting.optimizations else "eager"

@@ -70,6 +70,7 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
 
     @functools.wraps(whole)
     def forward(*args: Any, use_cache: bool | None = None, **batch: Any) -> Any:
+        """The graphs' loss of a training batch of that shape, and no logits; the model's own output of all else."""
         tensors = tuple(batch.get(name) for name in Loss.INPUTS) if len(batch) == len(sample) and not args else ()
         alike = [getattr(tensor, "shape", None) for tensor in tensors] == [tensor.shape for tensor in sample]
         if not (alike and model.training and torch.is_grad_enabled()):
@@ -93,6 +94,7 @@ def capture(loss: Loss, sample: tuple[torch.Tensor, ...]) -> Callable[..., torch
     aliases = [torch.nn.Parameter(weight.detach(), weight.requires_grad) for weight in weights]
 
     def passes(*tensors: torch.Tensor) -> torch.Tensor:
+        """The loss from the sample's tensors and, after them, the aliases."""
         swapped = dict(zip(names, tensors[len(sample) :], strict=True))
         return torch.func.functional_call(loss, swapped, tensors[: len(sample)])
 
@@ -133,6 +135,7 @@ def expect_whole_samples(model: torch.nn.Module) -> None:
 
     @functools.wraps(whole)
     def forward(*args: Any, **batch: Any) -> Any:
+        """The model's own output."""
         given = batch.get("position_ids") is not None or len(args) > 2
         masking_utils.find_packed_sequence_indices = search if given else lambda position_ids: None
         return whole(*args, **batch)

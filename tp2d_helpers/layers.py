@@ -210,6 +210,11 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     return max(lists, key=len)
 
 
+def layer_parameters(model: torch.nn.Module) -> int:
+    """How many parameters this rank has of a decoder layer."""
+    return sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
+
+
 def compile_layers(model: torch.nn.Module) -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find

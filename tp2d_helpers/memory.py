@@ -84,9 +84,9 @@ class Setting:
 
     def replays(self, shard: Shard) -> bool:
         """Whether the passes of a shard's model are CUDA graphs, where "auto" allows them."""
-        allowed = "cuda_graph" in self.optimizations and self.tp_size == 1 and self.zero_stage != 3
+        allowed = self.tp_size == 1 and self.activation_checkpointing == "none"
         small = host_bound(sum(k * n for k, n in shard.layer_products), self.tokens)
-        return allowed and small and self.activation_checkpointing == "none"
+        return "cuda_graph" in self.optimizations and allowed and small
 
     @property
     def loss(self) -> str:

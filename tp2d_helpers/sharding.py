@@ -108,6 +108,7 @@ def planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size
 
 
 def check_shards(module: torch.nn.Module, planned: dict[str, torch.Size]) -> None:
+    """Compare a sharded model with `planned_shapes`. Raises `RuntimeError` with the weights that differ."""
     found = {name: shard_shape(parameter) for name, parameter in module.named_parameters()}
     wrong = [f"{n}: {list(found.get(n, []))}, planned {list(s)}" for n, s in planned.items() if found.get(n) != s]
     if wrong:
