@@ -3,4 +3,4 @@
 # Nothing is stored if a cell failed.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1  # "auto" chooses the demo, also on a machine with GPUs
-exec "$PYTHON" "$ROOT/ci/notebook.py" refresh
+exec "$PYTHON" "$ROOT/ci/notebook" refresh

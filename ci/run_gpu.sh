@@ -8,4 +8,4 @@ if [[ "${1:-}" == --max-memory-gib ]]; then
     limit="${2:?--max-memory-gib needs a number}"
     shift 2
 fi
-exec "$PYTHON" "$ROOT/ci/notebook.py" run --check --max-memory-gib "$limit" -- -f "$ROOT/ci/params/gpu.yaml" "$@"
+exec "$PYTHON" "$ROOT/ci/notebook" run --check --max-memory-gib "$limit" -- -f "$ROOT/ci/params/gpu.yaml" "$@"

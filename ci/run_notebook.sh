@@ -6,4 +6,4 @@
 # Each run gets its own folder outputs/run_<date>_<pid>, unless the options set storage_path or experiment_name. What
 # the run leaves, the executed notebook included, lies there; the last lines say where.
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-exec "$PYTHON" "$ROOT/ci/notebook.py" run -- "$@"
+exec "$PYTHON" "$ROOT/ci/notebook" run -- "$@"

@@ -1,4 +1,4 @@
-"""The checks of `ci/notebook.py` on a run's files, each made to fail once, and the cleaning of stored outputs."""
+"""The checks of `ci/notebook` on a run's files, each made to fail once, and the cleaning of stored outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ci import notebook as tool
+from ci.notebook import ROOT
+from ci.notebook.__main__ import main
+from ci.notebook.cells import failed_cells
+from ci.notebook.check import checks_of, parameters_of
+from ci.notebook.placeholders import Placeholders
+from ci.notebook.refresh import METADATA, clean
+from ci.notebook.run import parse
 from tp2d_helpers.config import make_config
 
 PARAMETERS = "num_epochs = 1  # passes\ndebug_steps = 20\nmodel_name = 'auto'"
@@ -54,7 +60,7 @@ def records() -> list[dict[str, Any]]:
 
 
 def failing(notebook: NotebookNode, records: list[dict[str, Any]], max_memory_gib: float | None = None) -> list[str]:
-    return [item.name for item in tool.checks_of(notebook, records, max_memory_gib) if not item.passed]
+    return [item.name for item in checks_of(notebook, records, max_memory_gib) if not item.passed]
 
 
 def test_a_good_run_passes_all_checks(executed, records):
@@ -62,7 +68,7 @@ def test_a_good_run_passes_all_checks(executed, records):
 
 
 def test_parameters_are_the_cells_literals_and_papermills_over_them(executed):
-    assert tool.parameters_of(executed) == {"num_epochs": 1, "debug_steps": 6, "model_name": "auto"}
+    assert parameters_of(executed) == {"num_epochs": 1, "debug_steps": 6, "model_name": "auto"}
 
 
 def test_a_cell_that_was_not_executed_fails(executed, records):
@@ -73,7 +79,7 @@ def test_a_cell_that_was_not_executed_fails(executed, records):
 def test_a_cell_with_an_error_fails(executed, records):
     executed.cells[3].outputs.append(new_output("error", ename="ValueError", evalue="no", traceback=[]))
     assert failing(executed, records) == ["cells executed"]
-    assert tool.failed_cells(executed) == ["In [3] 'result = launch(plan)': ValueError: no"]
+    assert failed_cells(executed) == ["In [3] 'result = launch(plan)': ValueError: no"]
 
 
 def test_a_missing_step_fails(executed, records):
@@ -130,7 +136,7 @@ def test_the_check_command_prints_measurements_and_every_check(executed, records
     notebook, metrics = tmp_path / "n.ipynb", tmp_path / "metrics.jsonl"
     nbformat.write(executed, notebook)
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert tool.main(["check", str(notebook), str(metrics), "--max-memory-gib", "2"]) == 0
+    assert main(["check", str(notebook), str(metrics), "--max-memory-gib", "2"]) == 0
     out = capsys.readouterr().out
     assert "loss, first and last step  4.9000 3.8000" in out
     assert "peak memory, GiB           1.20" in out
@@ -138,11 +144,11 @@ def test_the_check_command_prints_measurements_and_every_check(executed, records
     assert "MFU, median                unknown" in out
     assert "In [3], seconds            61.2  result = launch(plan)" in out
     assert "ok   number of steps: 12 (expected 12)" in out
-    assert tool.main(["check", str(notebook), str(metrics), "--max-memory-gib", "1"]) == 1
+    assert main(["check", str(notebook), str(metrics), "--max-memory-gib", "1"]) == 1
     assert "FAIL peak memory, GiB: 1.20 (expected <= 1)" in capsys.readouterr().out
 
 
-REPLACE = tool.Placeholders(
+REPLACE = Placeholders(
     paths={"/srv/repo": "{repo}", "/srv/repo/.venv": "{python}", "/root": "{home}", "/tmp/x": "{storage}"},
     names={"build-7": "{host}", "root": "{user}", "alice": "{user}"},
     known='the root of the tree; storage = "/tmp/known"',
@@ -188,10 +194,10 @@ def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
     executed.cells[3].metadata.update({"execution": {"a": 1}, "ExecuteTime": {}, "keep": 1})
     before = copy.deepcopy(executed)
 
-    cleaned = tool.clean(executed, REPLACE)
+    cleaned = clean(executed, REPLACE)
 
     assert executed == before, "the notebook that was given is changed"
-    assert cleaned.metadata == {**tool.METADATA, "toc": {"depth": 2}}
+    assert cleaned.metadata == {**METADATA, "toc": {"depth": 2}}
     assert [c.source for c in cleaned.cells] == [c.source for i, c in enumerate(before.cells) if i != 1]
     assert [c.execution_count for c in cleaned.cells if c.cell_type == "code"] == [1, 2, 3]
     launch = cleaned.cells[2]
@@ -203,15 +209,15 @@ def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
     assert html.execution_count == 2
     assert cleaned.cells[3].metadata == {}  # no empty list of tags
     nbformat.validate(cleaned)
-    assert tool.clean(cleaned, REPLACE) == cleaned
+    assert clean(cleaned, REPLACE) == cleaned
 
 
 def test_clean_refuses_to_change_an_output_that_nbval_compares(executed):
     executed.cells[3].metadata.tags.append("nbval-check-output")
-    tool.clean(executed, REPLACE)
+    clean(executed, REPLACE)
     executed.cells[3].outputs.append(printed("/tmp/other"))
     with pytest.raises(ValueError, match=re.escape("'result = launch(plan)' is tagged nbval-check-output")):
-        tool.clean(executed, REPLACE)
+        clean(executed, REPLACE)
 
 
 def test_the_callers_parameters_override_where_a_run_goes(tmp_path, monkeypatch):
@@ -220,21 +226,21 @@ def test_the_callers_parameters_override_where_a_run_goes(tmp_path, monkeypatch)
     defaults = {"storage_path": str(tmp_path / "default"), "experiment_name": "fresh"}
 
     def run_dir(*options: str) -> Path:
-        return tool.parse(options, defaults)[1]
+        return parse(options, defaults)[1]
 
     assert run_dir() == tmp_path / "default/fresh"
     assert run_dir("-f", "mine.yaml") == tmp_path / "default/filed"
     assert run_dir("-p", "experiment_name", "named", "-f", "mine.yaml") == tmp_path / "default/named"
     assert run_dir("-p", "storage_path", str(tmp_path / "a b")) == tmp_path / "a b/fresh"
     assert run_dir("-y", "storage_path: auto") == tmp_path / "default/fresh"
-    context, _ = tool.parse(["-f", "ci/params/cpu.yaml"], defaults)  # as seen from the repository
-    assert context.params["parameters_file"] == (str(tool.ROOT / "ci/params/cpu.yaml"),)
+    context, _ = parse(["-f", "ci/params/cpu.yaml"], defaults)  # as seen from the repository
+    assert context.params["parameters_file"] == (str(ROOT / "ci/params/cpu.yaml"),)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         run_dir("-f", "nowhere.yaml")
     with pytest.raises(ValueError, match="storage_path must be a folder"):
         run_dir("-p", "storage_path", "s3://bucket")
 
 
-@pytest.mark.parametrize("file", sorted((tool.ROOT / "ci/params").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "ci/params").glob("*.yaml")), ids=lambda path: path.name)
 def test_parameter_files_are_valid_settings(file):
     make_config(**yaml.safe_load(file.read_text()))
