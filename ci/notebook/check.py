@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from ci.notebook.cells import code_cells, failed_cells, tagged
 
 RESUMED_EPOCHS = 1  # the notebook continues its run for one epoch more
 MOST_LAUNCH_LINES = 40
+PLANNED_STEPS = re.compile(r"^\| data \|.*\| (\d+) steps? per epoch\b[^|]*\|$", re.MULTILINE)
 
 
 class Check(NamedTuple):
@@ -51,16 +54,35 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def check_steps(records: list[dict[str, Any]], parameters: dict[str, Any]) -> Iterator[Check]:
-    """As many optimizer steps as the parameters say, each once and in order."""
-    steps = [record["step"] for record in records]
+def planned_steps(notebook: NotebookNode) -> int | None:
+    """Optimizer steps per epoch, as an executed notebook's preflight table has them; None without such a table.
+
+    Nothing else that a run leaves says how many steps the data is good for.
+    """
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if found := PLANNED_STEPS.search(output.get("data", {}).get("text/markdown", "")):
+                return int(found.group(1))
+    return None
+
+
+def check_steps(records: list[dict[str, Any]], parameters: dict[str, Any], planned: int | None) -> Iterator[Check]:
+    """As many optimizer steps in every epoch as planned, each once and in order.
+
+    Args:
+        records: the lines of `metrics.jsonl`.
+        parameters: `num_epochs` and `debug_steps` count.
+        planned: steps per epoch. `debug_steps` is the most that it may be, and stands in for None.
+    """
     epochs = parameters["num_epochs"] + RESUMED_EPOCHS
-    if parameters["debug_steps"]:
-        wanted = epochs * parameters["debug_steps"]
-        yield Check("number of steps", len(steps) == wanted, str(len(steps)), str(wanted))
-    else:  # all of the data: the length of an epoch isn't known here
-        passed = bool(steps) and len(steps) % epochs == 0
-        yield Check("number of steps", passed, str(len(steps)), f"a multiple of {epochs} epochs")
+    known = min(filter(None, (planned, parameters["debug_steps"])), default=None)
+    by_epoch = Counter(record["epoch"] for record in records)
+    passed = bool(records) and by_epoch == dict.fromkeys(range(epochs), known or by_epoch[0])
+    found = str(len(records))
+    if len(set(by_epoch.values())) > 1:
+        found += f" = {' + '.join(map(str, by_epoch.values()))}"
+    yield Check("number of steps", passed, found, str(epochs * known) if known else f"{epochs} epochs of equal length")
+    steps = [record["step"] for record in records]
     wrong = [step for step, place in zip(steps, range(1, len(steps) + 1), strict=True) if step != place]
     yield Check("steps 1 to n, each once", not wrong, f"{wrong[0]} out of place" if wrong else "all", "all")
 
@@ -89,7 +111,7 @@ def checks_of(notebook: NotebookNode, records: list[dict[str, Any]], max_memory_
     lines = max((printed_lines(cell) for cell in launches), default=-1)
     return [
         Check("cells executed", not problems, "; ".join(problems) or str(number), f"{number} without error"),
-        *check_steps(records, parameters_of(notebook)),
+        *check_steps(records, parameters_of(notebook), planned_steps(notebook)),
         *check_numbers(records, max_memory_gib),
         Check(
             "lines printed by launch",

@@ -14,10 +14,10 @@ import yaml
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ci.notebook import ROOT
+from ci.notebook import NOTEBOOK, ROOT, placeholders
 from ci.notebook.__main__ import main
 from ci.notebook.cells import failed_cells
-from ci.notebook.check import checks_of, parameters_of
+from ci.notebook.check import checks_of, parameters_of, planned_steps
 from ci.notebook.placeholders import Placeholders
 from ci.notebook.refresh import METADATA, clean
 from ci.notebook.run import parse
@@ -53,10 +53,17 @@ def executed() -> NotebookNode:
 @pytest.fixture
 def records() -> list[dict[str, Any]]:
     """Metrics of that run, with a loss that falls."""
+    return metrics(6, 6)
+
+
+def metrics(*epochs: int) -> list[dict[str, Any]]:
+    """A record per step of epochs of these lengths."""
+    epoch_of = [epoch for epoch, steps in enumerate(epochs) for _ in range(steps)]
     return [
-        dict(step=k, loss=5 - k / 10, grad_norm=1.0, tokens_per_second=100.0 * k, mfu=None, peak_memory_gib=k / 10)
-        for k in range(1, 13)
-    ]
+        dict(step=k, epoch=epoch, loss=5 - k / 10, grad_norm=1.0, tokens_per_second=100.0 * k, mfu=None,
+             peak_memory_gib=k / 10)
+        for k, epoch in enumerate(epoch_of, start=1)
+    ]  # fmt: skip
 
 
 def failing(notebook: NotebookNode, records: list[dict[str, Any]], max_memory_gib: float | None = None) -> list[str]:
@@ -93,6 +100,55 @@ def test_the_length_of_a_whole_epoch_is_unknown_but_epochs_are_equal(executed, r
     assert "number of steps" in failing(executed, [])
 
 
+def promise(notebook: NotebookNode, steps: int, debug_steps: int) -> None:
+    """Put preflight's table before the launch: `steps` of the `debug_steps` that the parameters ask for."""
+    table = (
+        "| checked | found | chosen |\n| :-- | :-- | :-- |\n"
+        "| model | demo: qwen2, 1,001,600 parameters | 2 shards × 2 replicas, ZeRO stage 1 |\n"
+        f"| data | demo: 99 steps per epoch, 128 packed samples | {steps} steps per epoch, 8 samples each |\n"
+        "| storage | writable | /tmp |"
+    )
+    shown = new_output("display_data", data={"text/markdown": table, "text/plain": "<Markdown>"})
+    notebook.cells.insert(3, cell("show_table(header, plan.rows)", shown))
+    notebook.metadata.papermill["parameters"]["debug_steps"] = debug_steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "debug_steps", "epochs", "passes"),
+    [
+        (20, 20, (20, 20), True),
+        (15, 20, (15, 15), True),  # the data has no more
+        (15, 20, (14, 14), False),
+        (15, 20, (16, 14), False),
+        (15, 20, (15,), False),
+        (15, 20, (10, 10, 10), False),
+        (20, 20, (15, 15), False),
+        (15, 20, (20, 20), False),
+        (25, 20, (25, 25), False),  # no plan may exceed debug_steps
+        (15, 0, (15, 15), True),
+        (15, 0, (14, 14), False),
+    ],
+)
+def test_every_epoch_has_the_steps_that_preflight_promised(executed, steps, debug_steps, epochs, passes):
+    promise(executed, steps, debug_steps)
+    assert failing(executed, metrics(*epochs)) == ([] if passes else ["number of steps"])
+
+
+def test_without_preflights_table_an_epoch_has_debug_steps(executed):
+    assert planned_steps(executed) is None
+    assert failing(executed, metrics(5, 5)) == ["number of steps"]
+
+
+def test_epochs_of_unequal_length_are_told_apart(executed):
+    found = [item.found for item in checks_of(executed, metrics(7, 5), None) if not item.passed]
+    assert found == ["12 = 7 + 5"]
+
+
+def test_preflights_table_is_found_in_the_real_notebook():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert planned_steps(notebook) == parameters_of(notebook)["debug_steps"]
+
+
 def test_a_step_that_appears_twice_fails(executed, records):
     records[7]["step"] = 7
     assert failing(executed, records) == ["steps 1 to n, each once"]
@@ -111,9 +167,9 @@ def test_a_loss_that_does_not_fall_fails(executed, records):
     assert failing(executed, records) == ["loss of the last 5 steps"]
 
 
-def test_a_run_too_short_to_compare_losses_fails(executed, records):
+def test_a_run_too_short_to_compare_losses_fails(executed):
     executed.metadata.papermill["parameters"]["debug_steps"] = 4
-    assert failing(executed, records[:8]) == ["loss of the last 5 steps"]
+    assert failing(executed, metrics(4, 4)) == ["loss of the last 5 steps"]
 
 
 def test_a_peak_above_the_limit_fails(executed, records):
@@ -175,6 +231,16 @@ REPLACE = Placeholders(
 )
 def test_placeholders(text, expected):
     assert REPLACE(text) == expected
+
+
+def test_a_user_named_like_a_word_of_a_module_stays(executed, tmp_path, monkeypatch):
+    module = tmp_path / "tp2d_helpers/data/tokens.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("tokenizer = None")
+    monkeypatch.setattr(placeholders, "ROOT", tmp_path)
+    for user, stored in [("tokenizer", "tokenizer"), ("someone", "{user}")]:
+        monkeypatch.setattr("getpass.getuser", lambda user=user: user)
+        assert Placeholders.of_this_machine(tmp_path, executed)(user) == stored
 
 
 def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
