@@ -21,7 +21,8 @@ done
 status=0
 "$PYTHON" -m ruff check "${folders[@]}" tp_autotp.ipynb || status=1
 "$PYTHON" -m ruff format --check "${folders[@]}" || status=1
-if ((status)); then echo "error: ruff found something; the tests run nevertheless" >&2; fi
+"$PYTHON" -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))' || status=1
+if ((status)); then echo "error: lint found something; the tests run nevertheless" >&2; fi
 
 # --nbval-lax compares the cells tagged nbval-check-output and runs the others; testpaths count if no path is given.
 "$PYTHON" -m pytest -q --nbval-lax --nbval-current-env -o "testpaths=tests tp_autotp.ipynb" \

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from tp2d_helpers.config import make_config  # noqa: E402
 from tp2d_helpers.demo import build_model, build_once, cache_dir  # noqa: E402
-from tp2d_helpers.metrics import read_metrics  # noqa: E402
+from tp2d_helpers.training.metrics import read_metrics  # noqa: E402
 
 TINY = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
             vocab_size=2048, max_position_embeddings=256)  # fmt: skip

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grid import LAUNCH, notebook_definitions
 
 from tp2d_helpers.config import make_config
-from tp2d_helpers.preflight import preflight
+from tp2d_helpers.preflight.plan import preflight
 
 if __name__ == "__main__":
     notebook_definitions(*LAUNCH)["launch"](preflight(make_config(**json.loads(sys.argv[1]))))

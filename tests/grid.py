@@ -36,7 +36,8 @@ TRAIN = ("imports", "train-step", "train-func")  # the tags of what a worker run
 LAUNCH = (*TRAIN, "launch-function")
 TIMEOUT = 300  # seconds for one run; a hang is a failure
 # With what would be imported late in every process: DeepSpeed's optimizers bring a compiler along (1.5 s of CPU time).
-PRELOAD = ["tp2d_helpers.preflight", "tp2d_helpers.metrics", "tp2d_helpers.checkpoint", "ray.train.torch", "ray.tune",
+PRELOAD = ["tp2d_helpers.preflight.plan", "tp2d_helpers.training.metrics", "tp2d_helpers.checkpoint.save_load",
+           "tp2d_helpers.planning.out_of_memory", "tp2d_helpers.training.watchdog", "ray.train.torch", "ray.tune",
            "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3",
            "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "nbformat", "pytest",
            "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
@@ -216,7 +217,7 @@ def final_weights(engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.Proce
     """For `run_grid(after=)`: `weights` (on rank 0), `replicated` and `sharded` of a `Run`. Collective."""
     import deepspeed
 
-    from tp2d_helpers.sharding import meta_model
+    from tp2d_helpers.model.sharding import meta_model
 
     whole = {name: p.shape for name, p in meta_model(engine.module.config).named_parameters(remove_duplicate=False)}
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))

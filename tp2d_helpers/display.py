@@ -28,10 +28,10 @@ from pygments.lexers import PythonLexer
 from ray.train import WorkerGroupError
 
 from tp2d_helpers import startup
+from tp2d_helpers.checkpoint.files import lock_run, read_json
+from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
-from tp2d_helpers.guard import lock_run, read_json
-from tp2d_helpers.metrics import newest_step
-from tp2d_helpers.run_folder import newest_checkpoint
+from tp2d_helpers.training.metrics import newest_step
 
 SOURCE_STYLE = "color: #212121; padding: 8px; font-family: monospace; font-size: 13px; line-height: 1.3; margin: 0"
 MOST_LINES = 30  # of progress in one launch, however long the run
@@ -107,7 +107,7 @@ def _print_progress(path: Path, done: int, total: int, every: int, launched: flo
     last, tail, start = False, Tail(path), None
     while not last:
         last = finished.wait(0.5)  # one more look after the end
-        if not start and (start := startup.describe(path.parent, launched)):
+        if not start and (start := startup.describe(read_json(path.parent / "start.json"), launched)):
             print(start, flush=True)
         for record in tail.read():
             if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):

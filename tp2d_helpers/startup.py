@@ -1,16 +1,15 @@
 """Where the time between `fit()` and the first finished step goes.
 
-`mark` notes on a worker that a phase has ended. With the first step, rank 0 writes all of them into `start.json`, and
-the driver prints them in a line.
+`mark` notes on a worker that a phase has ended. With the first step, rank 0 writes all of them into the run's
+folder, and the driver prints them in a line.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from typing import Any
 
 from tp2d_helpers import IMPORTED
-from tp2d_helpers.guard import read_json, write_json
 
 _ends: list[tuple[str, float]] = []
 _finished = False
@@ -27,21 +26,20 @@ def finished() -> bool:
     return _finished
 
 
-def finish(run_dir: Path | None) -> None:
-    """Write what was marked, if this rank is the one that writes."""
+def finish() -> dict[str, Any]:
+    """The start is over: what `describe` makes a line of."""
     global _finished
     _finished = True
-    if run_dir:
-        write_json(run_dir / "start.json", {"began": IMPORTED, "ends": _ends})
+    return {"began": IMPORTED, "ends": _ends}
 
 
-def describe(run_dir: Path, launched: float) -> str | None:
+def describe(start: dict[str, Any], launched: float) -> str | None:
     """The parts of a launch's start in a line; None if its first step isn't done yet.
 
     Args:
+        start: what `finish` returned on rank 0; empty if there is none yet.
         launched: `time.time()` on the driver, as it called `fit()`.
     """
-    start = read_json(run_dir / "start.json")
     if not start or start["ends"][-1][1] < launched:  # an earlier launch's
         return None
     parts, before = [], launched

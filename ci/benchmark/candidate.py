@@ -27,9 +27,9 @@ import torch.distributed as dist
 from timeline import Clock, record, synchronize
 from trainer import Trainer, batches, engine_trainer
 
-from tp2d_helpers import graphs
-from tp2d_helpers.metrics import model_flops_per_token, peak_flops
-from tp2d_helpers.sharding import meta_model
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.speed import graphs
+from tp2d_helpers.speed.devices import device_named
 
 
 def build(job: dict[str, Any], rank: int) -> Trainer:
@@ -122,13 +122,14 @@ def measure(job: dict[str, Any], rank: int) -> None:
 
     trainer = build(job, rank)
     synchronize()
-    flops = model_flops_per_token(meta_model(trainer.config), trainer.config, job["seq"])
+    gpu = device_named(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    flops = ModelFacts.of(trainer.config).flops_per_token(job["seq"])
     found: dict[str, Any] = dict(
         setup_seconds=time.time() - began,
         init_peak_gib=peak_gib(device),
         state_gib=trainer.state_bytes / 2**30,
         flops_per_token=flops,
-        peak_flops=peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None,
+        peak_flops=gpu and gpu.peak,
     )
     write(found)
     if device.type == "cuda":

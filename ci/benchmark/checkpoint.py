@@ -25,12 +25,12 @@ import torch.distributed as dist
 from load import Peak
 from ray.train import RunConfig, ScalingConfig
 
-from tp2d_helpers.cluster import check_resources, connect
+from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES, build_model
-from tp2d_helpers.elastic import GridTrainer
-from tp2d_helpers.export import export_checkpoint
-from tp2d_helpers.preflight import Plan
+from tp2d_helpers.preflight.cluster import check_resources, connect
+from tp2d_helpers.preflight.plan import Plan
+from tp2d_helpers.training.elastic import GridTrainer
 
 
 def build(shape: str, layers: int, folder: Path) -> None:
@@ -43,9 +43,9 @@ def build(shape: str, layers: int, folder: Path) -> None:
 
 def measure(config: dict[str, Any]) -> None:
     """On each worker: the time of steps, and of `save_checkpoint`, in both ways."""
-    from tp2d_helpers.checkpoint import save_checkpoint
-    from tp2d_helpers.engine import setup_model_with_autotp
-    from tp2d_helpers.metrics import log_to_file
+    from tp2d_helpers.checkpoint.save_load import save_checkpoint
+    from tp2d_helpers.model.engine import setup_model_with_autotp
+    from tp2d_helpers.training.metrics import log_to_file
 
     context, run_dir = ray.train.get_context(), Path(config["storage_path"], config["experiment_name"])
     rank, world_size, found = context.get_world_rank(), context.get_world_size(), {}

@@ -28,8 +28,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainer import Batch, Trainer
 
-from tp2d_helpers.engine import load_config
-from tp2d_helpers.sharding import meta_model
+from tp2d_helpers.model.facts import load_config
+from tp2d_helpers.model.sharding import meta_model
 
 MAX_GRAD_NORM = 1.0
 # cuDNN's attention first, as this package's engine takes it on GPUs where it is the fastest.

@@ -56,7 +56,7 @@ def worker(path: Path) -> None:
     import torch.distributed as dist
     from candidate import wait_for_turn
 
-    from tp2d_helpers.engine import setup_model_with_autotp
+    from tp2d_helpers.model.engine import setup_model_with_autotp
 
     job, rank, world = json.loads(path.read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     wait_for_turn(job)

@@ -44,7 +44,7 @@ def settings_trainer(job: dict[str, Any], rank: int) -> Any:
     from trainer import Trainer
     from transformers import AutoModelForCausalLM
 
-    from tp2d_helpers.mpu import ModelParallelUnit
+    from tp2d_helpers.model.mpu import ModelParallelUnit
 
     cuda = torch.cuda.is_available()
     if not cuda:  # else DeepSpeed compiles, for half a minute, a kernel that only inference uses
@@ -170,11 +170,10 @@ def run_cells(config: dict[str, Any]) -> None:
 
 def result_of(raw: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     """The record of a run, as `candidate.py` writes them. The positions are rank 0's; other replicas have as many."""
-    from tp2d_helpers.engine import load_config
-    from tp2d_helpers.metrics import model_flops_per_token, peak_flops
-    from tp2d_helpers.sharding import meta_model
+    from tp2d_helpers.model.facts import ModelFacts
+    from tp2d_helpers.speed.devices import device_named
 
-    config = load_config(job["model"])
+    device = device_named(raw["gpu"] or "")
     seconds = [b - a for a, b in zip(raw["begins"], raw["begins"][1:], strict=False)]
     useful, positions = raw["useful"][:-1], raw["positions"][:-1]
     return dict(
@@ -185,8 +184,8 @@ def result_of(raw: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         peak_gib=raw["peak_gib"],
         init_peak_gib=raw["init_peak_gib"],
         setup_seconds=raw["setup_seconds"],
-        flops_per_token=model_flops_per_token(meta_model(config), config, job["seq"]),
-        peak_flops=peak_flops(raw["gpu"]),
+        flops_per_token=ModelFacts.read(job["model"]).flops_per_token(job["seq"]),
+        peak_flops=device and device.peak,
     )
 
 
@@ -196,7 +195,7 @@ def main() -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from tp2d_helpers.cluster import connect
+    from tp2d_helpers.preflight.cluster import connect
 
     job = json.loads(Path(sys.argv[1]).read_text())
     while not Path(job["go"]).exists():

@@ -12,9 +12,10 @@ import deepspeed
 import torch
 import transformers
 
-from tp2d_helpers.dataloader import create_dataloader, global_batches
-from tp2d_helpers.engine import load_config, setup_model_with_autotp
-from tp2d_helpers.planner import shard_parameters, state_bytes
+from tp2d_helpers.data.dataloader import create_dataloader, global_batches
+from tp2d_helpers.model.engine import setup_model_with_autotp
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.planning.traffic import state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 Batch = dict[str, torch.Tensor]
@@ -53,10 +54,10 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         job["model"], job["tp"], job["dp"], rank, job["tp"] * job["dp"], config
     )
     engine.train()
-    hf_config, train_step = load_config(job["model"]), notebook_train_step()
-    held = state_bytes(shard_parameters(hf_config, job["tp"]), job["dp"], job["zero"])
+    model, train_step = ModelFacts.read(job["model"]), notebook_train_step()
+    held = state_bytes(model.shard(job["tp"]).parameters, job["dp"], job["zero"])
     return Trainer(
-        config=hf_config,
+        config=model.config,
         dp_rank=dp_rank,
         step=lambda micro_batches: train_step(engine, micro_batches),
         update=(engine, "step"),

@@ -1,0 +1,210 @@
+"""The benchmark's own parts: intervals of a trace, jobs, the line-up, what it reads of the published template."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARK = ROOT / "ci/benchmark"
+sys.path.insert(0, str(BENCHMARK))
+
+import inputs  # noqa: E402
+import lineup  # noqa: E402
+import results  # noqa: E402
+import template  # noqa: E402
+from jobs import Job  # noqa: E402
+from plot import draw, entries  # noqa: E402
+from run import parse  # noqa: E402
+from timeline import exposed, length, summarize, union  # noqa: E402
+
+
+def test_union() -> None:
+    assert union([(5, 7), (0, 2), (1, 3), (7, 8), (9, 9)]) == [(0, 3), (5, 8)]
+    assert union([(0, 10), (2, 3)]) == [(0, 10)]
+    assert union([]) == []
+    assert length([(0, 2), (1, 3), (5, 6)]) == 4
+
+
+def test_exposed() -> None:
+    assert exposed([(0, 10)], [(2, 4), (3, 6)]) == 6
+    assert exposed([(0, 1), (0, 1)], []) == 1
+    assert exposed([(2, 3)], [(0, 5)]) == 0
+
+
+def test_intervals_against_counting() -> None:
+    generator = random.Random(0)
+    for _ in range(200):
+        a, b = ([sorted(generator.sample(range(30), 2)) for _ in range(generator.randrange(6))] for _ in "ab")
+        covered = [{t for begin, end in intervals for t in range(begin, end)} for intervals in (a, b)]
+        assert length(map(tuple, a)) == len(covered[0])
+        assert exposed(map(tuple, a), map(tuple, b)) == len(covered[0] - covered[1])
+
+
+def kernel(name: str, ts: float, dur: float, category: str = "kernel") -> dict[str, Any]:
+    """An event of a Chrome trace, in microseconds."""
+    return dict(ph="X", cat=category, name=name, ts=ts, dur=dur)
+
+
+def test_summary_of_a_trace() -> None:
+    found = summarize(
+        [
+            kernel("gemm", 1000, 3000),
+            kernel("ncclDevKernel_AllReduce", 3000, 2500),
+            kernel("Memcpy PtoP (Device -> Device)", 5500, 1500),
+            kernel("gemm", 8000, 1000),
+            kernel("Memset", 8500, 1500, "gpu_memset"),
+            kernel("aten::mm", 0, 99999, "cpu_op"),
+            dict(ph="M", name="process_name"),
+        ]
+    )
+    expected = dict(window_ms=9, compute_ms=5, communication_ms=4, communication_exposed_ms=3,
+                    communication_hidden_ms=1, idle_ms=1, kernels=5)  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    assert dict(name="gemm", ms=4, calls=2) in found["top_kernels"]
+    assert summarize([kernel("aten::mm", 0, 5, "cpu_op")]) == {"kernels": 0}
+
+
+SCRIPT = """
+import json, os, sys, time
+job = json.load(open(sys.argv[1]))
+while not os.path.exists(job["go"]):
+    time.sleep(0.01)
+rank = int(os.environ["RANK"])
+{action}
+"""
+
+
+@pytest.mark.parametrize(
+    "action, limit, error, found",
+    [
+        ('if rank == 0: open(job["result"], "w").write(json.dumps({"port": open(job["go"]).read()}))', 20, None, True),
+        ('if rank == 1: open(job["result"] + ".error", "w").write("OutOfMemoryError: of 80 GiB"); sys.exit(1)\n'
+         "time.sleep(60)", 20, "OutOfMemoryError: of 80 GiB", False),
+        ('if rank == 1: sys.exit("no such device")\ntime.sleep(60)', 20, "no such device", False),
+        ("time.sleep(60)", 0.5, "stopped at its time limit of 0 s", False),
+    ],
+    ids=["well", "noted", "log", "late"],
+)  # fmt: skip
+def test_job(tmp_path: Path, action: str, limit: float, error: str | None, found: bool) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(action=action))
+    job = Job(str(script), {}, 2, tmp_path / "job")
+    assert all(process.poll() is None for process in job.processes), "they wait for their turn"
+    job.release()
+    assert job.wait(limit) == error
+    assert all(process.poll() is not None for process in job.processes)
+    assert bool(job.found()) == found
+
+
+def options(*arguments: str) -> Any:
+    """A command line, with what `run.py` derives from it on a GPU."""
+    parsed = parse([*arguments, "--out", "x.json"])
+    parsed.small_shape = "qwen2.5-0.5b"
+    parsed.small = lineup.scaled(parsed.small_shape, on_gpu=True)
+    return parsed
+
+
+def test_line_up_takes_as_many_tokens_per_step() -> None:
+    command = options("--shape", "qwen2-7b", "--optimizations", "none,compile+fused_loss", "--micro-batch", "2,4")
+    tokens = set()
+    for name in ("ours", "fsdp2_sp", "fsdp2_tp", "fsdp2_async", "fsdp2_dp", "dp_zero1", "dp_zero3"):
+        for job in lineup.jobs(name, command):
+            tokens.add(job["micro_batch"] * job["accumulation"] * job["dp"] * job["seq"])
+            assert job["tp"] * job["dp"] == 2
+    assert tokens == {16 * 4096}
+    ours = lineup.jobs("ours", command)
+    assert [(job["optimizations"], job["micro_batch"]) for job in ours] == [
+        ("none", 2), ("none", 4), ("compile,fused_loss", 2), ("compile,fused_loss", 4)
+    ]  # fmt: skip
+    assert len({lineup.labels(job) for job in ours}) == len(ours)
+    with pytest.raises(SystemExit, match="a global batch of 16 is no multiple of 3"):
+        lineup.jobs("ours", options("--micro-batch", "3"))
+
+
+def entry(name: str, speed: float, **changes: Any) -> dict[str, Any]:
+    """What `results.summary` makes of a job whose step takes 65536 tokens."""
+    settings = lineup.jobs(name, options("--shape", "qwen2-7b"))[0] | changes
+    times = [9e9, 9e9, 9e9] + [settings["seq"] * 16 / speed * 500] * 5
+    found = dict(step_ms=times, tokens=[65536] * 8, useful_tokens=[65536] * 8, flops_per_token=4e10, peak_flops=989e12,
+                 losses=[1.0] * 8, peak_gib=speed / 100, init_peak_gib=20.0, setup_seconds=3.0)  # fmt: skip
+    return results.summary(settings, found, None)
+
+
+def test_results() -> None:
+    fast, slow = entry("ours", 12000), entry("ours", 8000, micro_batch=2)
+    assert fast["tokens_per_second_per_gpu"] == pytest.approx(12000)
+    assert fast["useful_tokens_per_second"] == pytest.approx(24000)
+    assert fast["mfu"] == pytest.approx(4e10 * 12000 / 989e12)
+    failed = results.summary(slow["settings"], {"setup_seconds": 1.0}, "OutOfMemoryError: x | y")
+    assert failed["status"] == "failed" and "step_ms" not in failed
+    vain = results.summary(fast["settings"] | {"micro_batch": 8}, dict(grad_norms=[1.0, None]), None)
+    assert vain["status"] == "failed" and vain["error"] == "gradients that are not finite"
+    assert results.best([slow, fast, failed, vain | {"tokens_per_second_per_gpu": 1e9}]) == {"ours": fast["label"]}
+    text = results.table({"candidates": [fast, failed, dict(name="torchtitan", status="not run", error="no")]})
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_figure(tmp_path: Path) -> None:
+    shown = [entry("ours", 12000), entry("ours", 8000, micro_batch=2), entry("fsdp2_sp", 11000)]
+    report = dict(shape="qwen2-7b", gpus=2, gpu="NVIDIA H200", candidates=[*shown, dict(name="x", status="not run")])
+    assert [e["speed"] for e in entries([report], "qwen2-7b")] == pytest.approx([12000, 11000])
+    assert len(entries([report], "qwen2-7b", everything=True)) == 3
+    draw([report], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no measurement"):
+        draw([report], tmp_path / "figure.png", shape="demo")
+
+
+def test_text_is_short_documents() -> None:
+    rows = inputs.short_documents(500)
+    assert len(set(rows)) == 500
+    assert all("\n" not in row and 80 <= len(row) <= 1200 for row in rows)
+
+
+def test_template_is_watched_from_outside(tmp_path: Path) -> None:
+    """Its engine is called three times; the times between, the positions and the losses are written."""
+
+    class Engine(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return SimpleNamespace(loss=torch.tensor(2.0))
+
+    names: dict[str, Any] = {"setup_model_with_autotp": lambda: (Engine(), None, None, 0, 0)}
+    job = dict(raw=str(tmp_path / "raw.json"), dp=2)
+    template.instrument(names, job)
+    engine, *_ = names["setup_model_with_autotp"]()
+    for real in (3, 4, 5):
+        engine(input_ids=torch.ones(1, 8), attention_mask=(torch.arange(8) < real)[None])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names["save_checkpoint"](engine, 0, 3, 2.0)
+    finally:
+        dist.destroy_process_group()
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    assert (raw["useful"], raw["positions"], raw["losses"]) == ([3, 4, 5], [8, 8, 8], [2.0] * 3)
+    assert len(raw["begins"]) == 3
+
+
+@pytest.mark.slow
+def test_command(tmp_path: Path) -> None:
+    """The command on two processes: peers train alike, our engine trains as data parallelism does."""
+    out = tmp_path / "results.json"
+    command = ["--shape", "demo", "--layers", "2", "--seq", "64", "--global-batch", "4", "--micro-batch", "2",
+               "--peer-micro-batch", "2", "--steps", "5", "--warmup", "2", "--scratch", str(tmp_path / "scratch"),
+               "--only", "ours,fsdp2_sp,fsdp2_tp,dp_zero1,template", "--profile", "ours"]  # fmt: skip
+    subprocess.run([sys.executable, str(BENCHMARK / "run.py"), *command, "--out", str(out)], check=True, timeout=400)
+    found = {entry["name"]: entry for entry in json.loads(out.read_text())["candidates"]}
+    assert found["template"]["error"] == "no notebook was named (--template)"
+    assert all(found[name]["status"] == "ok" for name in found if name != "template"), found
+    assert found["fsdp2_sp"]["losses"] == pytest.approx(found["fsdp2_tp"]["losses"], rel=1e-5)
+    assert found["ours"]["losses"] == pytest.approx(found["dp_zero1"]["losses"], rel=1e-5)
+    assert found["ours"]["profile"]["update_ms"] > 0

@@ -1,0 +1,376 @@
+"""The batches of every rank, epoch and resumption; tokens made once, from every source, or an error that helps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from grid import fork_context
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data import tokens as text_to_tokens
+from tp2d_helpers.data.dataloader import (
+    IGNORED,
+    GlobalBatchSampler,
+    TokenDataset,
+    create_dataloader,
+    global_batches,
+)
+from tp2d_helpers.data.tokens import load_text, load_tokenizer, prepare_tokens
+from tp2d_helpers.demo import END_OF_TEXT, demo_documents, train_tokenizer
+
+DOCUMENTS = ["the with statement", "yield", "def f(x): return x", "a " * 40, "class C:\n    pass", "lambda: 0", "é ☃"]
+# (dp_size, micro-batch, accumulation) of one global batch of 8.
+SPLITS = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 2, 4), (8, 1, 1)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the demo's tokenizer; tokens need nothing else of a model."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(demo_documents()[:10]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("TP2D_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """`DOCUMENTS` as a jsonl file."""
+    return str(write(tmp_path / "documents.jsonl", DOCUMENTS))
+
+
+def write(path: Path, documents: list[str], column: str = "text") -> Path:
+    """Write documents in the format that the file's name asks for."""
+    table = datasets.Dataset.from_dict({column: documents})
+    if path.suffix in (".json", ".jsonl"):
+        path.write_text("".join(json.dumps({column: document}) + "\n" for document in documents))
+    elif path.suffix == ".csv":
+        table.to_csv(path)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text("".join(document + "\n" for document in documents))
+    return path
+
+
+def read(tokenizer: str, folder: Path) -> list[str]:
+    """The documents in a folder of tokens, decoded."""
+    tokens, offsets = np.fromfile(folder / "tokens.bin", dtype=np.uint32), np.load(folder / "offsets.npy")
+    return [load_tokenizer(tokenizer).decode(tokens[i:j]) for i, j in itertools.pairwise(offsets)]
+
+
+def sampler(split: tuple[int, int, int] = (2, 2, 2), dp_rank: int = 0, samples: int = 43) -> GlobalBatchSampler:
+    dp_size, micro_batch, accumulation = split
+    return GlobalBatchSampler(samples, micro_batch, accumulation, dp_rank, dp_size, seed=7)
+
+
+def steps(split: tuple[int, int, int], epoch: int = 0) -> list[list[list[int]]]:
+    """The samples of each step by DP rank, as the ranks draw them: [step][dp_rank][samples]."""
+    dp_size, _, accumulation = split
+    ranks = []
+    for dp_rank in range(dp_size):
+        mine = sampler(split, dp_rank)
+        mine.set_epoch(epoch)
+        batches = list(mine)
+        assert len(batches) == len(mine) == 5 * accumulation  # 43 samples are 5 global batches of 8
+        assert {len(batch) for batch in batches} == {split[1]}
+        drawn = iter(batches)
+        ranks.append([[*itertools.chain(*step)] for step in zip(*[drawn] * accumulation, strict=True)])
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+# The order of samples.
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_dp_ranks_divide_the_same_global_batches(split: tuple[int, int, int]) -> None:
+    reference = [set(step[0]) for step in steps((1, 8, 1))]
+    for step, expected in zip(steps(split), reference, strict=True):
+        drawn = [sample for rank in step for sample in rank]
+        assert len(drawn) == len(set(drawn)) == 8  # disjoint
+        assert set(drawn) == expected  # together exactly the global batch
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_an_epoch_repeats_nothing_and_the_next_is_shuffled_anew(split: tuple[int, int, int]) -> None:
+    epochs = [[sample for step in steps(split, epoch) for rank in step for sample in rank] for epoch in (0, 1)]
+    assert all(len(epoch) == len(set(epoch)) == 40 for epoch in epochs)
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    assert [sample for step in steps(split) for rank in step for sample in rank] == epochs[0]
+
+
+def test_order_depends_on_the_seed() -> None:
+    assert list(GlobalBatchSampler(43, 8, 1, 0, 1, seed=7)) != list(GlobalBatchSampler(43, 8, 1, 0, 1, seed=8))
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_resuming_gives_exactly_the_rest(done: int) -> None:
+    whole, resumed = sampler(), sampler()
+    whole.set_epoch(3)
+    resumed.set_epoch(3, start_step=done)
+    assert list(resumed) == list(whole)[done * 2 :]  # 2 micro-batches a step
+    assert len(resumed) == len(list(resumed))
+
+
+def test_resuming_at_another_dp_size_gives_exactly_the_rest() -> None:
+    before = {sample for step in steps((2, 2, 2))[:3] for rank in step for sample in rank}
+    after = {sample for step in steps((4, 2, 1))[3:] for rank in step for sample in rank}
+    assert not before & after and len(before | after) == 40
+
+
+# Batches.
+
+
+def loader(tokenizer: str, **settings: Any) -> torch.utils.data.DataLoader:
+    defaults = dict(dataset_name="demo", dataset_percentage=10.0, seq_length=32, batch_size_per_gpu=2)
+    return create_dataloader(tokenizer, **{**defaults, "dp_rank": 0, "dp_size": 2, **settings})
+
+
+def test_batches_are_equal_within_a_tp_group_and_disjoint_across_dp(tokenizer: str) -> None:
+    one, same, other = (list(loader(tokenizer, dp_rank=rank, debug_steps=5)) for rank in (0, 0, 1))
+    assert len(one) == 5
+    for a, b, c in zip(one, same, other, strict=True):
+        assert a["input_ids"].shape == (2, 32) and a["input_ids"].dtype == a["labels"].dtype == torch.int64
+        assert all(torch.equal(a[name], b[name]) for name in ("input_ids", "labels"))
+        rows = {tuple(row.tolist()) for row in torch.cat([a["input_ids"], c["input_ids"]])}
+        assert len(rows) == 4
+
+
+def test_length(tokenizer: str) -> None:
+    whole = loader(tokenizer, gradient_accumulation_steps=3)
+    assert whole.batch_sampler.steps_per_epoch == len(whole.dataset) // 12
+    assert len(whole) == len(list(whole)) == whole.batch_sampler.steps_per_epoch * 3
+    short = loader(tokenizer, gradient_accumulation_steps=3, debug_steps=2)
+    assert len(short) == len(list(short)) == 6
+    assert len(list(global_batches(short))) == 2
+    assert loader(tokenizer, debug_steps=10**6).batch_sampler.steps_per_epoch == len(whole.dataset) // 4
+
+
+def test_packing_keeps_every_token_but_the_tail(cache: Path, tokenizer: str, source: str) -> None:
+    folder = prepare_tokens(tokenizer, source)
+    tokens = torch.from_numpy(np.fromfile(folder / "tokens.bin", dtype=np.uint32).astype(np.int64))
+    dataset = TokenDataset(folder, seq_length=8)
+    packed = torch.cat([dataset[i]["input_ids"] for i in range(len(dataset))])
+    assert torch.equal(packed, tokens[: len(packed)]) and 0 <= len(tokens) - len(packed) < 8
+    assert all(torch.equal(dataset[i]["input_ids"], dataset[i]["labels"]) for i in range(len(dataset)))
+
+
+def test_documents_are_joined_by_the_end_of_text(cache: Path, tokenizer: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "documents.jsonl", [DOCUMENTS[0], "", "  \n", *DOCUMENTS[1:]])
+    folder = prepare_tokens(tokenizer, str(source))
+    assert read(tokenizer, folder) == [document + END_OF_TEXT for document in DOCUMENTS]  # the empty ones are left out
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["documents"] == len(DOCUMENTS) and meta["tokens"] == np.load(folder / "offsets.npy")[-1]
+
+
+def test_labels_ignore_exactly_the_padding(cache: Path, tokenizer: str, source: str) -> None:
+    """The demo pads with its end-of-text token, so the one that ends a document must be told from those that pad."""
+    folder = prepare_tokens(tokenizer, source)
+    dataset, tokens = TokenDataset(folder, seq_length=16, packing=False), load_tokenizer(tokenizer)
+    assert len(dataset) == len(DOCUMENTS)
+    for i, document in enumerate(DOCUMENTS):
+        expected = [*tokens(document)["input_ids"], tokens.eos_token_id][:16]
+        ids, labels = dataset[i]["input_ids"].tolist(), dataset[i]["labels"].tolist()
+        assert ids == expected + [tokens.pad_token_id] * (16 - len(expected))
+        assert labels == expected + [IGNORED] * (16 - len(expected))
+        assert dataset.lengths[i] == len(expected)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("dp_size, micro_batch, accumulation", [(1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4)])
+def test_mean_of_micro_batches_is_the_mean_of_all_targets(
+    cache: Path, tokenizer: str, source: str, packing: bool, dp_size: int, micro_batch: int, accumulation: int
+) -> None:
+    """A micro-batch's loss is its sum over targets / num_items_in_batch; DeepSpeed takes the mean of them all."""
+    split = dict(batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, dp_size=dp_size)
+    data = dict(dataset_name=source, dataset_percentage=100.0, seq_length=8, packing=packing, **split)
+    weigh = torch.rand(5000, generator=torch.Generator().manual_seed(0))  # a made-up loss per target token
+    ranks = [list(global_batches(loader(tokenizer, dp_rank=rank, **data))) for rank in range(dp_size)]
+    assert len(ranks[0]) >= 1
+    for step in zip(*ranks, strict=True):
+        batches = [batch for micro_batches, _ in step for batch in micro_batches]
+        assert len(batches) == dp_size * accumulation
+        targets = [batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORED] for batch in batches]
+        means = [weigh[t].sum() / b["num_items_in_batch"] for t, b in zip(targets, batches, strict=True)]
+        assert torch.stack(means).mean() == pytest.approx(weigh[torch.cat(targets)].mean().item(), rel=1e-6)
+        real = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        assert {tokens for _, tokens in step} == {real}
+
+
+# Tokenise once.
+
+
+def _prepare_slowly(arguments: tuple[str, str, str, str]) -> str:
+    tokenizer, source, cache, calls = arguments
+    os.environ["TP2D_CACHE"] = cache
+    tokenize = text_to_tokens.tokenize
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        with open(calls, "a") as file:
+            file.write("called\n")
+        time.sleep(0.5)  # long enough for the others to arrive
+        tokenize(*args, **kwargs)
+
+    text_to_tokens.tokenize = slow
+    return str(prepare_tokens(tokenizer, source))
+
+
+def test_processes_that_ask_at_once_tokenise_once(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    with ProcessPoolExecutor(4, mp_context=fork_context()) as pool:
+        asked = [(tokenizer, source, str(cache), str(calls))] * 4
+        folders = set(pool.map(_prepare_slowly, asked))
+    assert calls.read_text() == "called\n"
+    assert len(folders) == 1
+    assert read(tokenizer, Path(folders.pop())) == [document + END_OF_TEXT for document in DOCUMENTS]
+
+
+def test_second_call_does_not_load_the_dataset(
+    cache: Path, tokenizer: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare_tokens(tokenizer, source)
+    monkeypatch.setattr(text_to_tokens, "load_text", lambda *_: pytest.fail("the dataset was loaded again"))
+    assert prepare_tokens(tokenizer, source) == folder
+
+
+def test_failed_build_leaves_nothing_behind(cache: Path, tokenizer: str, source: str) -> None:
+    def fail(text: Any, tokenizer: Any, folder: Path, progress: bool) -> None:
+        (folder / "tokens.bin").write_bytes(b"1234")
+        raise OSError("disk full")
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(text_to_tokens, "tokenize", fail)
+        with pytest.raises(OSError, match="disk full"):
+            prepare_tokens(tokenizer, source)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    assert len(read(tokenizer, prepare_tokens(tokenizer, source))) == len(DOCUMENTS)
+
+
+# Sources.
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".txt"])
+@pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
+def test_local_sources(cache: Path, tokenizer: str, tmp_path: Path, suffix: str, in_folder: bool) -> None:
+    documents = [document for document in DOCUMENTS if "\n" not in document]  # in a text file, a line is a document
+    (tmp_path / "data").mkdir()
+    halves = documents[:3], documents[3:]
+    paths = [write(tmp_path / "data" / f"train-{i}{suffix}", half) for i, half in enumerate(halves)]
+    found = read(tokenizer, prepare_tokens(tokenizer, str(tmp_path / "data" if in_folder else paths[0])))
+    assert found == [document + END_OF_TEXT for document in (documents if in_folder else halves[0])]
+
+
+def test_changed_file_is_tokenised_again(cache: Path, tokenizer: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "documents.jsonl", ["one one"])
+    before = prepare_tokens(tokenizer, str(path))
+    write(path, ["two two"])  # of the same size
+    after = prepare_tokens(tokenizer, str(path))
+    assert after != before and read(tokenizer, after) == ["two two" + END_OF_TEXT]
+
+
+def test_text_column(cache: Path, tokenizer: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "documents.jsonl", DOCUMENTS, column="body")
+    assert len(read(tokenizer, prepare_tokens(tokenizer, str(path), text_column="body"))) == len(DOCUMENTS)
+    with pytest.raises(ConfigError, match=r"text_column = 'text': .* has no such column; it has \['body'\]"):
+        prepare_tokens(tokenizer, str(path))
+
+
+@pytest.mark.parametrize("percentage, documents", [(100.0, 200), (25.0, 50), (0.5, 1)])
+def test_dataset_percentage(tmp_path: Path, percentage: float, documents: int) -> None:
+    path = write(tmp_path / "documents.jsonl", [f"document {i}" for i in range(200)])
+    text = load_text(str(path), dataset_percentage=percentage)
+    assert text["text"] == [f"document {i}" for i in range(documents)]
+
+
+def test_percentage_of_the_demo() -> None:
+    documents = demo_documents()
+    assert load_text("demo")["text"] == documents
+    assert load_text("demo", dataset_percentage=10.0)["text"] == documents[: round(len(documents) / 10)]
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("documents", [[""], ["", "   ", "\n"]])
+def test_no_text(cache: Path, tokenizer: str, tmp_path: Path, documents: list[str]) -> None:
+    path = write(tmp_path / "documents.jsonl", documents)
+    with pytest.raises(ConfigError, match=f"no text in the {len(documents)} rows of column 'text'"):
+        prepare_tokens(tokenizer, str(path))
+
+
+@pytest.mark.parametrize("content", ["", "{not json"])
+def test_unreadable_file(cache: Path, tokenizer: str, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"dataset_name = .*documents.jsonl"):
+        prepare_tokens(tokenizer, str(path))
+
+
+@pytest.mark.parametrize("name, message", [("documents.docx", "must be one of .jsonl"), ("none.jsonl", "no such file")])
+def test_not_a_dataset(cache: Path, tokenizer: str, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "documents.docx").write_text("text")
+    with pytest.raises(ConfigError, match=message):
+        prepare_tokens(tokenizer, str(tmp_path / name))
+
+
+def test_hub_out_of_reach_offers_the_demo(cache: Path, tokenizer: str) -> None:
+    with pytest.raises(ConfigError, match=r'no-such-owner/no-such-dataset.*Without a way to the hub, take "demo"'):
+        prepare_tokens(tokenizer, "no-such-owner/no-such-dataset")
+
+
+def test_what_a_tokenizer_adds_is_left_out(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
+    """Llama's, for one, begins every text with a token that a document in the middle of a sample must not have."""
+    adding = load_tokenizer(tokenizer)
+    special = [(END_OF_TEXT, adding.eos_token_id)]
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=special)
+    adding.save_pretrained(tmp_path / "adding")
+    assert load_tokenizer(str(tmp_path / "adding"))("yield")["input_ids"][0] == adding.eos_token_id
+    folder = prepare_tokens(str(tmp_path / "adding"), source)
+    assert read(tokenizer, folder) == [document + END_OF_TEXT for document in DOCUMENTS]
+
+
+@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
+def test_either_special_token_ends_a_document(cache: Path, tokenizer: str, tmp_path: Path, token: str) -> None:
+    backend = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(tokenizer).backend_tokenizer)
+    backend.add_special_tokens({token: END_OF_TEXT})
+    backend.save_pretrained(tmp_path / "one")
+    folder = prepare_tokens(str(tmp_path / "one"), str(write(tmp_path / "documents.jsonl", DOCUMENTS)))
+    end = backend.convert_tokens_to_ids(END_OF_TEXT)
+    ends = np.fromfile(folder / "tokens.bin", dtype=np.uint32)[np.load(folder / "offsets.npy")[1:] - 1]
+    assert set(ends.tolist()) == {end} and json.loads((folder / "meta.json").read_text())["pad"] == end
+
+
+def test_tokenizer_without_special_tokens(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(tokenizer).backend_tokenizer)
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match="neither an end-of-text nor a pad token"):
+        prepare_tokens(str(tmp_path / "bare"), source)
+
+
+def test_no_tokenizer(cache: Path, source: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model_name = .*its tokenizer can't be loaded"):
+        prepare_tokens(str(tmp_path), source)
+
+
+def test_less_than_a_global_batch(tiny_model: Callable[[str], Path]) -> None:
+    """An epoch without a step would never end."""
+    with pytest.raises(ConfigError, match="samples are fewer than one global batch of 100000"):
+        create_dataloader(str(tiny_model("llama")), "demo", 64, 100_000, dp_rank=0, dp_size=1)

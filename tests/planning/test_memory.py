@@ -1,0 +1,173 @@
+"""The memory of a run: hand-worked numbers, and the peaks that H200 GPUs showed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tp2d_helpers.config import make_config
+from tp2d_helpers.demo import SHAPES
+from tp2d_helpers.model.facts import ModelFacts, Shard
+from tp2d_helpers.planning import memory
+from tp2d_helpers.planning.memory import (
+    ON_GPU,
+    Setting,
+    activation_bytes,
+    logit_bytes,
+    memory_per_gpu,
+)
+from tp2d_helpers.speed import optimizations
+
+GIB = 2**30
+# 2 layers; widths 8 (hidden), 8 (query), 4 (key-value), 16 (MLP) of this rank; 2 heads, 32 tokens ids, 1000 parameters.
+SHARD = Shard(2, 8, 8, 4, 16, heads=2, vocabulary=32, parameters=1000, block_inputs=5, tied=False)
+COMPILED = frozenset({"compile", "fused_loss"})
+
+
+def shard(name: str, tp_size: int) -> Shard:
+    return ModelFacts.of_shape(SHAPES[name]).shard(tp_size)
+
+
+def test_shard_of_a_model() -> None:
+    """Llama-3-8B at tp 4: 32 heads and 8 key-value heads of 128; the parameters of test_traffic.py."""
+    found = shard("llama-3-8b", 4)
+    assert (found.layers, found.hidden, found.query, found.key_value, found.mlp) == (32, 4096, 1024, 256, 3584)
+    assert (found.heads, found.vocabulary, found.block_inputs, found.tied) == (8, 32064, 5, False)
+    whole = 128_256 * 4096 + 65 * 4096
+    assert found.parameters == (8_030_261_248 - whole) // 4 + whole
+
+
+@pytest.mark.parametrize("settings, kept", [
+    ({}, 8 * 8 + 2 * 8 + 2 * 4 + 4 * 16),
+    (dict(optimizations=ON_GPU), 4 * 8 + 2 * 8 + 2 * 4 + 3 * 16),
+    (dict(activation_checkpointing="selective"), 3 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+    (dict(activation_checkpointing="selective", tp_size=2), 5 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+])  # fmt: skip
+def test_activations_by_hand(settings: dict[str, Any], kept: int) -> None:
+    """6 tokens, 2 layers: 2 bytes for each element, and 4 for each head's log-sum."""
+    setting = Setting(batch_size_per_gpu=2, seq_length=3, **settings)
+    assert activation_bytes(SHARD, setting)[0] == 6 * 2 * (2 * kept + 4 * 2)
+
+
+def test_full_checkpointing_by_hand() -> None:
+    """Kept: a hidden state per layer. Added: a layer's other activations, and their gradients."""
+    kept, added = activation_bytes(SHARD, Setting(seq_length=6, activation_checkpointing="full"))
+    assert kept == 6 * 2 * 2 * 8
+    again, gradients = 7 * 8 + 2 * 8 + 2 * 4 + 4 * 16, 4 * 8 + 2 * 8 + 2 * 4 + 3 * 16
+    assert added == 6 * (2 * again + 4 * 2) + 6 * (2 * gradients + 4 * 2)
+
+
+@pytest.mark.parametrize("optimizations, backend", [((), None), (("compile",), "aot_eager_decomp_partition")])
+def test_activations_are_what_autograd_keeps(optimizations: tuple[str, ...], backend: str | None) -> None:
+    """A third layer keeps what the formula says, up to the norms' fp32 numbers, two per token.
+
+    The backend decides what is kept as the default one does, and compiles nothing.
+    """
+    hf_config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=64,
+    )  # fmt: skip
+    ids = torch.randint(64, (2, 48))
+    kept = [bytes_kept(hf_config, ids, layers, backend) for layers in (2, 3)]
+    setting = Setting(batch_size_per_gpu=2, seq_length=48, optimizations=frozenset(optimizations))
+    expected = activation_bytes(ModelFacts.of(hf_config).shard(1), setting)[0] / 3
+    assert kept[1] - kept[0] == pytest.approx(expected, rel=0.005)
+
+
+def bytes_kept(hf_config: Any, ids: torch.Tensor, layers: int, backend: str | None) -> int:
+    """What the forward pass of a decoder in bf16 leaves for the backward pass, its weights apart."""
+    hf_config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).model
+    if backend:
+        for layer in model.layers:
+            layer.compile(backend=backend, dynamic=False)
+    weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("settings, per_logit", [
+    ({}, 10), (dict(tp_size=2), 14), (dict(optimizations=ON_GPU), 4), (dict(optimizations={"fused_loss"}), 15),
+    (dict(tp_size=2, width=4), 16),
+])  # fmt: skip
+def test_logits_by_hand(settings: dict[str, Any], per_logit: int) -> None:
+    assert logit_bytes(SHARD, Setting(seq_length=6, **settings)) == 6 * 32 * per_logit
+
+
+def test_state_and_buffers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 parameters at ZeRO 1 and dp 2, with two buckets of 100 elements."""
+    monkeypatch.setattr(memory, "BUCKET", 100)
+    small = Setting(dp_size=2, seq_length=2)
+    found = memory_per_gpu(SHARD, small)  # at the step: half the gradients, flat in bf16 and in fp32
+    assert (found.weights, found.gradients, found.optimizer, found.buffers) == (2000, 1000, 6000, 1000 + 2000)
+    large = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000))
+    assert (large.gradients, large.buffers, large.logits) == (0, 2 * 200, 2000 * 32 * 10)
+    assert large.total == 2000 + 6000 + 400 + large.logits + large.activations
+    more = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, gradient_accumulation_steps=2))
+    assert more.total == large.total + 2000  # the gradients of the first micro-batch
+    bf16 = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, master_weights="bf16"))
+    assert large.total - bf16.total == 3000
+
+
+def test_the_one_pass_step_needs_no_fp32_copy() -> None:
+    usual, fused = (
+        memory_per_gpu(shard("llama-3-8b", 2), Setting(tp_size=2, seq_length=64, optimizations=frozenset(names)))
+        for names in ((), ("fused_step",))
+    )
+    parameters = shard("llama-3-8b", 2).parameters
+    assert usual.buffers == 6 * parameters and fused.buffers == 2 * memory.BUCKET
+
+
+def test_zero_divides() -> None:
+    """Masters and moments from stage 1, gradients from 2, weights at 3."""
+    found = [memory_per_gpu(shard("llama-3-8b", 1), Setting(dp_size=8, zero_stage=stage)) for stage in range(4)]
+    assert [part.optimizer for part in found[:2]] == [12 * 8_030_261_248, 12 * 8_030_261_248 / 8]
+    assert found[3].weights == found[2].weights / 8
+    assert [part.total for part in found] == sorted((part.total for part in found), reverse=True)
+
+
+def test_what_checkpointing_saves() -> None:
+    setting = dict(tp_size=2, batch_size_per_gpu=8, seq_length=4096, optimizations=ON_GPU)
+    totals = [
+        memory_per_gpu(shard("llama-3-8b", 2), Setting(**setting, activation_checkpointing=mode)).total
+        for mode in ("none", "selective", "full")
+    ]
+    assert totals == sorted(totals, reverse=True) and totals[0] > 1.5 * totals[2]
+
+
+def test_setting_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizations are those that the engine chooses, where there is a compiler."""
+    monkeypatch.setattr(optimizations, "compilers", lambda on_gpu: True)
+    config = make_config(tp_size=4, dp_size=3, batch_size_per_gpu=2, seq_length=128, use_gpu=True, zero_stage=2)
+    setting = Setting.of(config.model_dump())
+    assert (setting.tp_size, setting.dp_size, setting.zero_stage, setting.width) == (4, 3, 2, 2)
+    assert (setting.tokens, setting.global_tokens) == (256, 768)
+    assert setting.activation_checkpointing == "none"
+    assert setting.optimizations == ON_GPU - {"peer_copies", "cuda_graph"}
+    assert Setting.of(config.change(tp_size=2).model_dump()).optimizations == ON_GPU - {"cuda_graph"}
+    assert Setting.of(config.change(tp_size=1).model_dump()).optimizations == ON_GPU - {"peer_copies"}
+    on_cpu = Setting.of(config.change(use_gpu=False).model_dump())
+    assert on_cpu.width == 4 and "compile" not in on_cpu.optimizations
+    assert Setting.of(config.change(precision="fp32").model_dump()).width == 4
+    assert Setting.of(config.change(zero_stage=3).model_dump()).optimizations == {"fused_loss", "fused_step"}
+    assert Setting.of({"optimizations": "compile,fused_loss"}).optimizations == COMPILED
+    assert Setting.of({"optimizations": "none"}).optimizations == frozenset()
+
+
+@pytest.mark.parametrize("grid, peak", [({}, 31.0), (dict(tp_size=2), 19.2), (dict(dp_size=2), 28.2)])
+def test_measured_peaks(grid: dict[str, int], peak: float) -> None:
+    """GiB in tensors on H200, torch 2.11, without optimizations (which test_estimate.py's runs have)."""
+    setting = Setting(batch_size_per_gpu=8, seq_length=1024, **grid)
+    found = memory_per_gpu(shard("qwen2.5-0.5b", setting.tp_size), setting).total / GIB
+    assert found == pytest.approx(peak, rel=0.06)

@@ -1,0 +1,177 @@
+"""The time of a step: hand-worked numbers, and the benchmark's results on GPUs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tp2d_helpers.demo import SHAPES
+from tp2d_helpers.model.facts import ModelFacts, Shard
+from tp2d_helpers.planning import step_time as estimate
+from tp2d_helpers.planning.memory import ON_GPU, Setting, memory_per_gpu
+from tp2d_helpers.planning.step_time import Network, scaling_curve, step_time
+from tp2d_helpers.speed import optimizations
+from tp2d_helpers.speed.devices import Device, device_named
+
+GIB = 2**30
+RESULTS = Path(__file__).resolve().parents[2] / "ci/benchmark/results"
+SHARD = Shard(2, 8, 8, 4, 16, heads=2, vocabulary=32, parameters=1000, block_inputs=5, tied=False)
+LAYER = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)]  # q, k, v, o, gate, up, down
+
+
+SIMPLE = Device("simple", memory=1.0, memory_bandwidth=100.0, link_bandwidth=10.0, peak=1000.0)
+
+
+def model(name: str) -> ModelFacts:
+    return ModelFacts.of_shape(SHAPES[name])
+
+
+@pytest.fixture
+def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device at its datasheet's speed, and a host that takes no time."""
+    shares = {name: 0.0 if name in ("hidden", "latency") else 1.0 for name in estimate.MEASURED}
+    monkeypatch.setattr(estimate, "MEASURED", shares)
+    monkeypatch.setattr(estimate, "HOST_LAYER", dict.fromkeys(estimate.HOST_LAYER, 0.0))
+    monkeypatch.setattr(estimate, "HOST_STEP", 0.0)
+
+
+def test_work_by_hand(ideal: None) -> None:
+    """3 tokens, 2 micro-batches, tp 1: products with their traffic, attention, the optimizer and its norm."""
+    found = step_time(SHARD, Setting(seq_length=3, gradient_accumulation_steps=2, optimizations=ON_GPU), SIMPLE)
+    products = [*LAYER, *LAYER, (8, 32)]
+    work = sum(3 * 2 * 3 * k * n for k, n in products) / 1000
+    traffic = sum(3 * 2 * (3 * k + k * n + 3 * n) for k, n in products) / 100
+    assert found.products == pytest.approx(2 * (work + traffic))
+    assert found.attention == pytest.approx(2 * 3 * 6 * 2 * 8 * 3 / 1000)
+    passes = 2 * 2 * (30 * 8 + 8 * 12 + 12 * 16) + 8 * 32
+    assert found.element_wise == pytest.approx(2 * 3 * passes / 100)
+    assert found.optimizer == pytest.approx((28 + 7) * 1000 / 100)
+    assert found.tp_communication == found.dp_communication == found.host == 0
+    assert found.total == pytest.approx(sum(vars(found).values()))
+
+
+def test_communication_by_hand(ideal: None) -> None:
+    """4 all-reduces per layer and one for the head, of 3 × 8 numbers in bf16; without blocks 7. DP: 3 passes.
+
+    Blocks let what fits hide behind the gradients of the column-wise weights.
+    """
+    blocks = step_time(SHARD, Setting(tp_size=2, seq_length=3, optimizations=ON_GPU), SIMPLE)
+    each, behind = 2 * 3 * 8 / 10, 2 * 2 * 3 * sum(k * n for k, n in [*LAYER[:3], *LAYER[4:6]]) / 1000
+    assert behind < 4 * each and blocks.tp_communication == pytest.approx((2 * 4 + 1) * each - behind)
+    many = Setting(tp_size=2, seq_length=4096, optimizations=ON_GPU)
+    together = step_time(SHARD, replace(many, optimizations=ON_GPU - {"peer_copies"}), SIMPLE).tp_communication
+    halves = together - step_time(SHARD, many, SIMPLE).tp_communication  # of 2 layers' forward sums
+    assert halves == pytest.approx(2 * 2 / 2 * 2 * 4096 * 8 / 10)
+    every = step_time(SHARD, Setting(tp_size=2, seq_length=3), SIMPLE)
+    assert every.tp_communication == pytest.approx((2 * 7 + 1) * each)
+    replicas = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE)
+    assert replicas.dp_communication == pytest.approx(3 / 4 * 2 * 1000 * 3 / 10)
+    outside = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE, Network(gpus_per_node=2, bandwidth=5))
+    assert outside.dp_communication == pytest.approx(2 * replicas.dp_communication)
+
+
+def test_what_zero_hides(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients' reduction behind the backward pass; the gather after the step, and stage 3, behind nothing."""
+    monkeypatch.setitem(estimate.MEASURED, "hidden", 1.0)
+    found = step_time(SHARD, Setting(dp_size=4, seq_length=3), replace(SIMPLE, link_bandwidth=1e3))
+    gather = 3 / 4 * 2 * 1000 / 1e3
+    assert found.dp_communication == pytest.approx(gather)
+    third = step_time(SHARD, Setting(dp_size=4, seq_length=3, zero_stage=3), replace(SIMPLE, link_bandwidth=1e3))
+    assert third.dp_communication == pytest.approx(3 * gather)
+
+
+def test_the_host_is_the_floor(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that takes 1000 s to launch is what the step takes, whatever the GPU does."""
+    monkeypatch.setattr(estimate, "HOST_LAYER", {"eager": 1000.0, "compiled": 500.0, "graph": 200.0})
+    setting = Setting(seq_length=3, gradient_accumulation_steps=3)
+    assert step_time(SHARD, setting, SIMPLE).total == pytest.approx(3 * 2 * 1000)
+    compiled = replace(setting, optimizations=ON_GPU - {"cuda_graph"})
+    assert step_time(SHARD, compiled, SIMPLE).total == pytest.approx(3 * 2 * 500)
+    graphs = replace(setting, optimizations=ON_GPU)
+    assert step_time(SHARD, graphs, SIMPLE).total == pytest.approx(3 * 2 * 200)
+
+
+def test_recomputation_costs_a_forward_pass(ideal: None) -> None:
+    """A third more of the layers' products, none of the head's, and two more all-reduces per layer."""
+    setting = Setting(tp_size=2, seq_length=3)
+    plain = step_time(SHARD, setting, SIMPLE)
+    full = step_time(SHARD, replace(setting, activation_checkpointing="full"), SIMPLE)
+    forward = [2 * (2 * 3 * k * n / 1000 + 2 * (3 * k + k * n + 3 * n) / 100) for k, n in LAYER]
+    assert full.products - plain.products == pytest.approx(sum(forward))
+    assert full.tp_communication - plain.tp_communication == pytest.approx(2 * 2 * 2 * 3 * 8 / 10)
+
+
+def test_scaling_curve() -> None:
+    """Speed per GPU falls where TP begins, and again where the replicas leave the node; not much after that."""
+    setting = Setting(tp_size=8, batch_size_per_gpu=2, seq_length=4096, optimizations=ON_GPU)
+    rows = scaling_curve(model("llama-3-8b"), setting, device_named("H200"))
+    assert [row["gpus"] for row in rows] == [2**i for i in range(11)]
+    assert [(row["tp_size"], row["dp_size"]) for row in rows[2:5]] == [(4, 1), (8, 1), (8, 2)]
+    rates = {row["gpus"]: row["tokens_per_second_per_gpu"] for row in rows}
+    assert rates[1] > rates[2] > rates[4] > rates[8] > rates[16] > rates[1024] > rates[16] / 2
+    assert rows[3]["mfu"] == pytest.approx(rates[8] * model("llama-3-8b").flops_per_token(4096) / 989e12)
+    assert rows[0]["step_seconds"] == pytest.approx(2 * 4096 / rates[1])
+
+
+def test_scaling_with_a_fixed_batch() -> None:
+    """64 samples are 8 replicas of 8 micro-batches, or 64 of one; more replicas can't share them."""
+    setting = Setting(tp_size=1, seq_length=4096, optimizations=ON_GPU)
+    rows = scaling_curve(model("qwen2.5-0.5b"), setting, device_named("H200"), global_batch=64)
+    assert [row["gpus"] for row in rows] == [1, 2, 4, 8, 16, 32, 64]
+    assert rows[-1]["step_seconds"] < rows[0]["step_seconds"] / 10
+
+
+# Measured runs
+
+SECONDS, PEAK = 0.20, 0.10  # how far off an estimate may be
+
+
+def measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(report, entry) of each run of this package's engine, ZeRO's plain data parallelism included."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text())
+        if device_named(str(report.get("gpu"))):
+            entries = report["candidates"]
+            found += [(report, e) for e in entries if e.get("settings", {}).get("kind") == "ours" and "step_ms" in e]
+    return found
+
+
+def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, float]:
+    """(milliseconds per step, peak GiB) of an entry."""
+    job = entry["settings"]
+    shape = dict(SHAPES[job["shape"]])
+    if report["layers"] != "all" and job["shape"] == report["shape"]:
+        shape["num_hidden_layers"] = report["layers"]
+    setting = Setting.of(
+        dict(tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"], batch_size_per_gpu=job["micro_batch"],
+             gradient_accumulation_steps=job["accumulation"], seq_length=job["seq"],
+             activation_checkpointing=job["activation_checkpointing"], optimizations=job["optimizations"])
+    )  # fmt: skip
+    shard = ModelFacts.of_shape(shape).shard(setting.tp_size)
+    seconds = step_time(shard, setting, device_named(report["gpu"])).total
+    return seconds * 1e3, memory_per_gpu(shard, setting).total / GIB
+
+
+def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run of the engine that the benchmark left: its peak memory and its time."""
+    monkeypatch.setattr(optimizations, "compilers", lambda on_gpu: True)  # there, whatever is here
+    rows = measured()
+    if not rows:
+        pytest.skip(f"no results of GPUs in {RESULTS.relative_to(RESULTS.parents[2])}")
+    lines, wrong = [], 0
+    for report, entry in rows:
+        (milliseconds, peak), job = predicted(report, entry), entry["settings"]
+        time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
+        bad = abs(time_off) > SECONDS or abs(peak_off) > PEAK
+        wrong += bad
+        lines.append(
+            f"{'WRONG ' * bad}{job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}: "
+            f"{entry['step_ms']:.0f} ms, predicted {milliseconds:.0f} ({time_off:+.1%}); "
+            f"{entry['peak_gib']:.1f} GiB, predicted {peak:.1f} ({peak_off:+.1%})"
+        )
+    assert not wrong, "\n".join(lines)

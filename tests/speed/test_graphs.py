@@ -1,0 +1,215 @@
+"""Training by passes that replay equals training as usual: every loss, every gradient norm, the final weights.
+
+On CPU a stand-in does what CUDA graphs do to their surroundings: inputs, loss and gradients lie in one place, which
+each replay writes again, and the weights must be where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from grid import Run, assert_equal_runs
+from transformers import masking_utils
+
+from tp2d_helpers.model.engine import load_model
+from tp2d_helpers.speed import graphs, optimizations
+from tp2d_helpers.speed.optimizations import chosen_optimizations
+
+Train = Callable[..., Run]
+SHAPE = (2, 64)
+
+
+class Replay:
+    """Stands in for `torch.cuda.make_graphed_callables`."""
+
+    def __init__(self, passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ...]) -> None:
+        self.passes, self.sample = passes, sample
+        self.output, self.gradients = torch.empty(()), [torch.empty_like(t) for t in sample if t.requires_grad]
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return Passes.apply(self, *tensors)
+
+
+class Passes(torch.autograd.Function):
+    """A replay of each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, replay: Replay, *tensors: torch.Tensor) -> torch.Tensor:
+        for place, tensor in zip(replay.sample, tensors, strict=True):
+            if place.requires_grad:
+                assert place.data_ptr() == tensor.data_ptr(), "a weight was moved"
+            else:
+                place.copy_(tensor)
+        with torch.enable_grad():
+            replay.loss = replay.passes(*replay.sample)
+        ctx.replay = replay
+        return replay.output.copy_(replay.loss.detach()).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        replay = ctx.replay
+        weights = [tensor for tensor in replay.sample if tensor.requires_grad]
+        for place, now in zip(replay.gradients, torch.autograd.grad(replay.loss, weights, gradient), strict=True):
+            place.copy_(now)
+        gradients = iter(replay.gradients)
+        return None, *[next(gradients).detach() if tensor.requires_grad else None for tensor in replay.sample]
+
+
+def _replay(names: dict[str, Any]) -> None:
+    optimizations.chosen_optimizations = lambda *arguments: (chosen_optimizations(*arguments)[0] | {"cuda_graph"}, "")
+    graphs._graphed = Replay
+
+
+def _replay_without_copies(names: dict[str, Any]) -> None:
+    _replay(names)
+    graphs._keep = lambda parameter, gradient: gradient
+
+
+def _move_the_weights(names: dict[str, Any]) -> None:
+    _replay(names)
+    load = names["load_checkpoint"]
+
+    def moving(engine: Any, *arguments: Any) -> Any:
+        for parameter in engine.module.parameters():
+            parameter.data = parameter.data.clone()
+        return load(engine, *arguments)
+
+    names["load_checkpoint"] = moving
+
+
+@pytest.mark.parametrize("settings", [
+    dict(model="llama"),
+    dict(model="qwen2-tied", gradient_accumulation_steps=2),
+    dict(model="qwen2-tied", gradient_accumulation_steps=2, dp_size=2, zero_stage=2),
+    dict(model="qwen3", gradient_accumulation_steps=2, tp_size=2, dp_size=2),
+    dict(model="mistral", gradient_accumulation_steps=2, zero_stage=0),
+    dict(model="qwen2-tied", dp_size=2, optimizations="none"),
+], ids=lambda settings: " ".join(map(str, settings.values())))  # fmt: skip
+def test_equals_passes_as_usual(train: Train, settings: dict[str, Any]) -> None:
+    assert_equal_runs(train(**settings, patch=_replay), train(settings["model"]))
+
+
+def test_evaluation_between_replays(train: Train) -> None:
+    evaluated = dict(eval_samples=6, eval_interval=5, tp_size=2)
+    run, reference = train("qwen2-tied", patch=_replay, **evaluated), train("qwen2-tied", **evaluated)
+    assert_equal_runs(run, reference)
+    losses = [[r["eval_loss"] for r in each.records if r["eval_loss"] is not None] for each in (run, reference)]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_resumed_run(train: Train, tmp_path: Path) -> None:
+    """A checkpoint is loaded after the capture: it must be written into the weights, and not put in their place."""
+    name = dict(storage_path=str(tmp_path), experiment_name="resumed", debug_steps=5, tp_size=2)
+    train("qwen2-tied", patch=_replay, num_epochs=1, **name)
+    run = train("qwen2-tied", patch=_replay, num_epochs=2, **name)
+    assert_equal_runs(run, train("qwen2-tied", num_epochs=2, debug_steps=5))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_gradients_that_are_written_over_are_found(train: Train, zero_stage: int) -> None:
+    run = train("qwen2-tied", gradient_accumulation_steps=2, zero_stage=zero_stage, patch=_replay_without_copies)
+    with pytest.raises(AssertionError, match=r"step [123]: (grad_norm|loss)"):
+        assert_equal_runs(run, train("qwen2-tied"))
+
+
+def test_moved_weights_are_found(train: Train) -> None:
+    with pytest.raises(RuntimeError, match="a weight was moved"):
+        train("qwen2-tied", patch=_move_the_weights)
+
+
+def test_a_model_that_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+    """What can't be captured runs as before, and the reason is one line."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be …")
+
+    model = load_model(str(tiny_model("llama")), torch.float32)
+    forward = model.forward
+    monkeypatch.setattr(graphs, "_graphed", fail)
+    assert graphs.replay_passes(model, SHAPE, False) == "operation not permitted when stream is capturing"
+    assert model.forward == forward
+
+
+def test_samples_are_one_sequence_unless_positions_are_given(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
+    """`transformers` packs several into a sample if its position ids start again."""
+    model = load_model(str(tiny_model("llama")), torch.float32)
+    ids, packed = torch.arange(2 * 32).view(2, 32), torch.arange(16).repeat(2, 2)
+    expected = [model(input_ids=ids, **given).logits for given in ({}, {"position_ids": packed})]
+    assert not torch.allclose(*expected)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices)
+    graphs.skip_search_for_packed_samples(model)
+    for _ in range(2):
+        assert torch.equal(model(input_ids=ids).logits, expected[0])
+        assert masking_utils.find_packed_sequence_indices(packed) is None  # nobody asks
+        assert torch.equal(model(input_ids=ids, position_ids=packed).logits, expected[1])
+
+
+def test_host_bound() -> None:
+    """By 6 operations per token and weight: a layer of Qwen2.5-0.5B, and of Qwen2-7B halved."""
+    assert graphs.host_bound(14.9e6, 8 * 1024) and not graphs.host_bound(14.9e6, 32 * 2048)
+    assert graphs.host_bound(117e6, 1024) and not graphs.host_bound(117e6, 4 * 4096)
+
+
+@pytest.mark.parametrize("settings, on_gpu, chosen", [
+    (dict(), True, True),
+    (dict(), False, False),
+    (dict(tp_size=2), True, False),
+    (dict(tp_size=2, optimizations="cuda_graph,block_all_reduce,peer_copies"), True, True),
+    (dict(activation_checkpointing="full"), True, False),
+    (dict(zero_stage=3), True, False),
+])  # fmt: skip
+def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: bool) -> None:
+    names, _ = chosen_optimizations(settings, on_gpu)
+    assert ("cuda_graph" in names) == chosen
+    assert not {"cuda_graph", "peer_copies"} <= names
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) -> None:
+    """The passes of real graphs, between them one of another shape, which they leave alone."""
+    found = []
+    for replays in (False, True):
+        model = load_model(str(tiny_model("llama")), torch.float32).cuda()
+        graphs.skip_search_for_packed_samples(model)
+        if replays:
+            assert graphs.replay_passes(model, SHAPE, keeps_gradients=True) == ""
+        optimizer, draw, losses = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator().manual_seed(0), []
+        for samples in (2, 2, 1, 2, 2):
+            for _ in range(accumulation):
+                ids = torch.randint(2048, (samples, SHAPE[1]), generator=draw).cuda()
+                count = torch.tensor(float(samples * accumulation * SHAPE[1] - 1), device="cuda")
+                losses.append(model(input_ids=ids, labels=ids, num_items_in_batch=count).loss)
+                losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.stack(losses))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_sums_in_a_graph(tmp_path: Path) -> None:
+    """The products of `reductions.py`, with NCCL's sums over a group of one."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        name = dist.group.WORLD.group_name
+        y, weight = torch.ones(8, 16, device="cuda"), torch.ones(4, 16, device="cuda")
+        dist.all_reduce(y.clone())
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            z = torch.ops.tp2d.row_product(y, weight, name)
+            dx, _ = torch.ops.tp2d.column_gradients(y, [z], [weight], name)
+        for factor in (2, 3):
+            y.fill_(factor)
+            graph.replay()
+            assert z.tolist() == [[16 * factor] * 4] * 8 and dx.tolist() == [[64 * factor] * 16] * 8
+    finally:
+        dist.destroy_process_group()

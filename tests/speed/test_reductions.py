@@ -1,0 +1,83 @@
+"""Products with a sum over two processes, against the same products of whole matrices."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tp2d_helpers.speed import reductions
+
+TOKENS = 3 * reductions.ROWS_TO_HALVE
+ROUNDS = 20  # more than there are inboxes, and enough for one process to run ahead of the other
+
+
+def compare(rank: int, store: str, on_gpu: bool) -> None:
+    """The work of one process: exact numbers, as all entries are small integers."""
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    K, N = (256, 512) if on_gpu else (16, 8)
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    group = dist.group.WORLD
+    if on_gpu:
+        assert reductions.copy_between_peers(group, TOKENS * K, dtype) == ""
+    for step in range(ROUNDS):
+        tokens = TOKENS if step % 3 else 7  # by copies in two halves, and by a collective
+        tokens += TOKENS if step == ROUNDS - 1 else 0  # more than an inbox holds
+        torch.manual_seed(step)
+        whole = lambda *shape: torch.randint(-1, 2, shape).to(device, dtype)  # noqa: E731
+        y, row, x, column, gradient = whole(tokens, K), whole(N, K), whole(tokens, K), whole(N, K), whole(tokens, N)
+        half = slice(rank * K // 2, (rank + 1) * K // 2)
+        z = torch.ops.tp2d.row_product(y[:, half].contiguous(), row[:, half].contiguous(), group.group_name)
+        assert torch.equal(z, y @ row.T), f"row product {step}"
+        half = slice(rank * N // 2, (rank + 1) * N // 2)
+        parts, weights = gradient[:, half].split(N // 4, 1), column[half].split(N // 4)
+        dx, dw = torch.ops.tp2d.column_gradients(x, list(parts), list(weights), group.group_name)
+        assert torch.equal(dx, gradient @ column), f"input's gradient {step}"
+        assert torch.equal(torch.cat(dw), (gradient.T @ x)[half]), f"weights' gradients {step}"
+    dist.barrier()
+    os._exit(0)  # threads of communication libraries may not end by themselves
+
+
+def fall_back(rank: int, store: str) -> None:
+    """One of two GPUs that should reach each other's memory can't share it: both go by collectives, and say why."""
+
+    class Refused(reductions.Collectives):
+        def __init__(self, group: dist.ProcessGroup, *_: object) -> None:
+            if rank == 1:
+                raise RuntimeError("pidfd_getfd: not permitted\nframe #0")
+            super().__init__(group)
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    device, reach = rank, True
+    torch.cuda.current_device, torch.cuda.can_device_access_peer = lambda: device, lambda *_: reach
+    reductions.PeerCopies, group = Refused, dist.group.WORLD
+    assert reductions.copy_between_peers(group, 1, torch.float32) == "pidfd_getfd: not permitted"
+    assert type(reductions.reduction(group.group_name)) is reductions.Collectives
+    reach = False
+    assert reductions.copy_between_peers(group, 1, torch.float32).startswith("GPU 0 of ")
+    reach, device = True, 0  # each process sees a GPU of its own only
+    assert reductions.copy_between_peers(group, 1, torch.float32).endswith("can't reach each other's memory")
+    dist.barrier()
+    os._exit(0)
+
+
+def test_without_access_collectives_sum(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(fall_back, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.parametrize("on_gpu", [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+])  # fmt: skip
+def test_sums_over_two_processes(tmp_path: Path, on_gpu: bool) -> None:
+    torch.multiprocessing.spawn(compare, (str(tmp_path / "store"), on_gpu), nprocs=2)

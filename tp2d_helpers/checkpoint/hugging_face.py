@@ -1,0 +1,111 @@
+"""A checkpoint's files → a Hugging Face folder that `from_pretrained` loads. No GPU and no worker is needed.
+
+A DeepSpeed checkpoint under AutoTP has one file of weights per TP rank (and at ZeRO stage 3 one file of fp32 masters
+per rank), each with the shards under the whole model's names. A weight is put together by comparing its shard's shape
+with the whole shape: the dimension that differs is the one to concatenate. The files are memory-mapped, and one weight
+at a time is put together, written and freed: memory peaks at a small multiple of the largest weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers.utils import cached_file
+
+from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
+from tp2d_helpers.checkpoint.shards import Pieces, merge, open_shards, read
+from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.model.facts import ModelFacts
+
+MAX_FILE_BYTES = 2 * 10**9  # the weights of a larger model are divided among several files
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
+
+
+def export_checkpoint(
+    checkpoint: str | Path, model_name: str, folder: str | Path, trust_remote_code: bool = False
+) -> Path:
+    """Write `config.json`, `generation_config.json`, safetensors and tokenizer of a checkpoint's model.
+
+    The weights are in the dtype they were trained in (bf16: the rounding of the fp32 masters).
+
+    Args:
+        checkpoint: the folder that Ray Train kept, with DeepSpeed's folder `step_<n>` in it. It is only read.
+        model_name: the model that was trained; its config and tokenizer are copied.
+        folder: where the export goes; it appears at once, when it is complete, in place of an older export.
+
+    Raises:
+        FileNotFoundError: if the checkpoint lacks a file.
+        ValueError: if a file is damaged or holds code, if a weight of the model is not in the checkpoint or does not
+            fit together, or if `folder` holds something other than an export.
+    """
+    folder, tag = Path(folder), checkpoint_tag(Path(checkpoint))
+    _check_output(folder, model_name)
+    model = ModelFacts.read(model_name, trust_remote_code)
+    model.config.dtype, ranks = open_shards(tag)
+    whole = {name: parameter.to(model.config.dtype) for name, parameter in model.meta.named_parameters()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
+        new = Path(scratch, "new")
+        model.config.save_pretrained(new)
+        load_tokenizer(model_name, trust_remote_code).save_pretrained(new)
+        with contextlib.suppress(OSError):  # not every model has one
+            shutil.copy(cached_file(model_name, "generation_config.json"), new)
+        _write_weights(new, whole, ranks)
+        if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
+            folder.rename(Path(scratch, "older"))
+        new.rename(folder)
+    return folder
+
+
+def write_safetensors(path: Path, plan: dict[str, torch.Tensor], tensors: Iterable[torch.Tensor]) -> None:
+    """Write a safetensors file from contiguous tensors that come one at a time, in the order of `plan`.
+
+    `plan` has for each name a tensor, meta ones will do, of the shape and dtype that come. The library's own writer
+    wants all tensors at once. Source of the format: https://github.com/huggingface/safetensors#format
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in plan.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.view(-1).view(torch.uint8).numpy())  # as bytes: numpy has no bf16
+            del tensor  # before the next one is made
+
+
+def _write_weights(folder: Path, whole: dict[str, torch.Tensor], ranks: list[dict[str, Pieces]]) -> None:
+    """One safetensors file, or several and their index."""
+
+    def weight(name: str) -> torch.Tensor:
+        """A whole weight, put together from the ranks' shards."""
+        if any(name not in shards for shards in ranks):
+            raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
+        replicated = ranks[0][name][0] == whole[name].shape
+        shards = [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)]
+        return merge(name, shards, whole[name].shape, whole[name].dtype)
+
+    plan = split_torch_state_dict_into_shards(whole, max_shard_size=MAX_FILE_BYTES)
+    for file, names in plan.filename_to_tensors.items():
+        # `map` holds on to none of the weights.
+        write_safetensors(folder / file, {name: whole[name] for name in names}, map(weight, names))
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _check_output(folder: Path, model_name: str) -> None:
+    """Only an older export is replaced: of a mistyped folder, all would be gone."""
+    if folder.resolve() == Path(model_name).resolve():
+        raise ValueError(f"{folder} is the model that training began with: take another folder")
+    if folder.exists() and any(folder.iterdir()) and not any(folder.glob("model*.safetensors")):
+        raise ValueError(f"{folder} holds something other than an export: take another folder, or remove it")

@@ -1,0 +1,190 @@
+"""What a run's folder holds: its settings, and its checkpoints, of which only the complete ones count.
+
+A checkpoint is complete if every rank that wrote it has left its manifest, `rank_<r>.json`, which it writes last: the
+run it belongs to, the grid, and the names and sizes of the files that this rank wrote. So a checkpoint that was cut
+off, or that lost a file since, is told from a good one without opening it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tp2d_helpers.checkpoint.files import write_json
+from tp2d_helpers.config import Config, ConfigError, make_config
+
+# What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
+# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
+IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing",
+            "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
+GRID = ("tp_size", "dp_size", "zero_stage")
+RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def recorded(run_dir: Path) -> dict[str, Any]:
+    """What `record_run` wrote into a run's folder: its settings and its `run_id`; empty if there is no run."""
+    path = run_dir / "config.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def record_run(config: Config) -> None:
+    """Write the settings into the run's folder, for those who continue it, and an id that its checkpoints will bear."""
+    run_id = recorded(config.run_dir).get("run_id") or uuid.uuid4().hex
+    write_json(config.run_dir / "config.json", {**config.model_dump(), "run_id": run_id})
+
+
+def continue_run(config: Config) -> Config:
+    """Fit a config to the run that is in its folder, if there is one.
+
+    A run's global batch stays: given another grid or micro-batch, `gradient_accumulation_steps` follows.
+
+    Raises:
+        ConfigError: if the config would not continue that run; lists the settings that differ.
+    """
+    found, now = recorded(config.run_dir), config.model_dump()
+    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
+    if differing:
+        raise ConfigError(
+            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "
+            f"({'; '.join(differing)}). Take another experiment_name, or the same settings to continue that run."
+        )
+    if not found:
+        return config
+    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
+    stages = {then.zero_stage, config.zero_stage}
+    if any(found[name] != now[name] for name in GRID) and not stages <= set(RESIZABLE):
+        raise ConfigError(
+            f"zero_stage = {config.zero_stage}: the run was made with stage {then.zero_stage} on {then.tp_size} × "
+            f"{then.dp_size}; to go on at another grid or stage, both must be 1 or 2"
+        )
+    return fit_global_batch(config, then.global_batch_size)
+
+
+def fit_global_batch(config: Config, samples: int) -> Config:
+    """Set `gradient_accumulation_steps` so that an optimizer step takes `samples` samples.
+
+    Raises:
+        ConfigError: if they can't be cut into whole micro-batches for every DP rank.
+    """
+    share = config.batch_size_per_gpu * config.dp_size
+    if samples % share:
+        raise ConfigError(
+            f"batch_size_per_gpu × dp_size = {config.batch_size_per_gpu} × {config.dp_size}: must divide the run's "
+            f"global batch of {samples} samples, which stays as it was when the run began"
+        )
+    return config.change(gradient_accumulation_steps=samples // share)
+
+
+def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any) -> None:
+    """Declare this rank's part of a checkpoint complete. The last thing that a rank writes into the folder.
+
+    Args:
+        files: size in bytes of each file that the rank wrote, by its path in the folder.
+        facts: `step`, `world_size`, the grid and the metrics, the same on all ranks.
+    """
+    run_id = recorded(folder.parent).get("run_id")
+    write_json(folder / f"rank_{rank}.json", {**facts, "run_id": run_id, "files": files})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of rank 0: the grid that wrote the checkpoint, its step, the run's id."""
+    return json.loads((folder / "rank_0.json").read_text())
+
+
+def is_finished(folder: Path) -> bool:
+    """True if all ranks have written their manifests, whatever has become of the files since."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return all((folder / f"rank_{rank}.json").exists() for rank in range(read_manifest(folder)["world_size"]))
+    return False
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint can't be used, in a few words with the file; None if it is complete."""
+    try:
+        world_size = read_manifest(folder)["world_size"]
+        manifests = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world_size)]
+    except FileNotFoundError as error:
+        return f"was not finished ({Path(error.filename).name} is missing)"
+    except (ValueError, KeyError, TypeError):
+        return "has an unreadable manifest"
+    for name, size in ((name, size) for manifest in manifests for name, size in manifest["files"].items()):
+        path = folder / name
+        if not path.exists():
+            return f"lacks {name}"
+        if path.stat().st_size != size:
+            return f"has {name} truncated ({path.stat().st_size:,} of {size:,} bytes)"
+    return None
+
+
+def checkpoint_tag(folder: Path) -> Path:
+    """DeepSpeed's own folder in a checkpoint, `step_<n>`; its file `latest`, which names it, is not needed.
+
+    Raises `FileNotFoundError` if there is none, `ValueError` if there are several.
+    """
+    found = sorted(path for path in folder.glob("step_*") if path.is_dir() and not path.name.endswith("_universal"))
+    if not found:
+        raise FileNotFoundError(f"{folder} is no checkpoint: it has no folder step_*")
+    if len(found) > 1:
+        raise ValueError(f"{folder} must have one folder step_*, and has {[path.name for path in found]}")
+    return found[0]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, whole or not, the newest first."""
+    return sorted((path for path in run_dir.glob("checkpoint_*") if path.is_dir()), reverse=True)
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a run (None if there is none), and a line for each newer one that is not."""
+    skipped = []
+    for folder in checkpoints(run_dir):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, skipped
+        skipped.append(f"{folder.name} {problem}")
+    return None, skipped
+
+
+def check_origin(folder: Path, trusted: bool) -> None:
+    """Refuse a checkpoint that another run wrote, unless the user trusts it.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    then, now = read_manifest(folder).get("run_id"), recorded(folder.parent).get("run_id")
+    if then != now and not trusted:
+        raise ConfigError(
+            f"{folder}: not written by this run (its run_id is {then!r}, this run's {now!r}). Checkpoints are pickles; "
+            "remove it, or set trust_checkpoint to True if you know where it comes from"
+        )
+
+
+def mend_ray_snapshot(config: Config) -> None:
+    """Make Ray Train's list of checkpoints name those that are complete, if it doesn't.
+
+    Ray would stop at one that is gone, at a list that was cut off or that another version wrote, and it would never
+    delete one that was complete but not yet on its list when the run was killed.
+    """
+    path = config.run_dir / RAY_SNAPSHOT
+    complete = [folder for folder in reversed(checkpoints(config.run_dir)) if problem_of(folder) is None]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads(path.read_text())
+        listed = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
+        if state["ray_version"] == importlib.metadata.version("ray") and listed == {folder.name for folder in complete}:
+            return
+    metrics = {folder.name: read_manifest(folder)["metrics"] for folder in complete}
+    order = {name: index for index, name in enumerate(metrics)}
+    if config.keep_checkpoints_by != "newest":  # Ray keeps the last of its list
+        order = dict(sorted(order.items(), key=lambda item: -metrics[item[0]][config.keep_checkpoints_by]))
+    results = [{"checkpoint_dir_name": name, "metrics": metrics[name]} for name in order]
+    latest = {"checkpoint_dir_name": complete[-1].name, "metrics": metrics[complete[-1].name]} if complete else None
+    lists = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names",
+             "timed_out_validation_checkpoint_dir_names", "failed_validation_checkpoint_dir_names")  # fmt: skip
+    write_json(path, {"ray_version": importlib.metadata.version("ray"), "checkpoint_results": results,
+                  "checkpoint_report_indices": list(order.values()), "latest_checkpoint_result": latest,
+                  "current_report_index": len(results), **{name: [] for name in lists}})  # fmt: skip

@@ -1,0 +1,214 @@
+"""Save to and load from the run's folder, in DeepSpeed's own format, under Ray Train's bookkeeping.
+
+Every rank writes its part: the weights of its TP shard, its ZeRO share of masters and moments, its random states. The
+client state has where the run was: `Progress`. A checkpoint counts when all ranks have written theirs (`run_folder`).
+
+A checkpoint is a pickle, and a pickle can hold code. Loading one here executes nothing from it (`safe_loading`), and
+one that another run wrote is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import ray.train
+import torch
+import torch.distributed as dist
+import transformers
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from tp2d_helpers.checkpoint import run_folder
+from tp2d_helpers.checkpoint.resize import UNIVERSAL, safe_loading, universal_checkpoint
+from tp2d_helpers.checkpoint.writer import CheckpointWriter
+from tp2d_helpers.config import reason
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. All counts are of what is done: 0 at the start."""
+
+    epoch: int = 0  # whole epochs
+    epoch_step: int = 0  # optimizer steps in the epoch that is under way
+    step: int = 0  # optimizer steps over the whole run
+    samples: int = 0  # samples over the whole run
+
+    def advance(self, steps_per_epoch: int, samples: int) -> None:
+        """Count one more optimizer step; the last step of an epoch begins the next one."""
+        self.step, self.samples, self.epoch_step = self.step + 1, self.samples + samples, self.epoch_step + 1
+        if self.epoch_step == steps_per_epoch:
+            self.epoch, self.epoch_step = self.epoch + 1, 0
+
+    def due(self, interval: int) -> bool:
+        """True at the end of an epoch, and every `interval` steps (0: only at the end of an epoch)."""
+        return self.epoch_step == 0 or (interval > 0 and self.step % interval == 0)
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine,
+    epoch: int,
+    step: int,
+    avg_loss: float,
+    epoch_step: int = 0,
+    samples: int = 0,
+    run_dir: str | Path = ".",
+    eval_loss: float | None = None,
+    background: bool = False,
+    timeout: float = 1800,
+) -> None:
+    """Save a checkpoint and report it to Ray Train. Collective: every rank calls it with the same arguments.
+
+    The ranks write straight into the run's folder, which all nodes share.
+
+    Args:
+        epoch: whole epochs done.
+        step: optimizer steps done over the whole run.
+        avg_loss: mean loss of the newest step, kept with the checkpoint as one of its metrics.
+        epoch_step: optimizer steps done in the epoch that is under way.
+        samples: samples consumed over the whole run.
+        run_dir: the run's folder, `<storage_path>/<experiment_name>`.
+        eval_loss: loss on the held-out samples, another of its metrics.
+        background: copy to host memory and return; Ray Train's upload thread writes while training goes on.
+        timeout: seconds that the checkpoint before may still take, if it is being written.
+
+    Raises:
+        TimeoutError: if it takes longer.
+    """
+    progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
+    if not isinstance(engine.checkpoint_engine, CheckpointWriter):
+        engine.checkpoint_engine = CheckpointWriter()
+    writer: CheckpointWriter = engine.checkpoint_engine
+    folder = _new_folder(Path(run_dir), step)
+    writer.begin(folder, copy=background, timeout=timeout)
+    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else None  # universal checkpoints lack it
+    state = {**dataclasses.asdict(progress), "loss_scaler": scaler}
+    engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=state)
+    writer.save(_random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
+    metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
+    facts = {"step": step, "world_size": dist.get_world_size(), **_grid(engine), "metrics": metrics}
+    _report(folder, writer, facts, background)
+
+
+def _report(folder: Path, writer: CheckpointWriter, facts: dict[str, Any], background: bool) -> None:
+    """Tell Ray Train of the checkpoint; it calls `writer.write`, at once or in its upload thread."""
+
+    def upload(checkpoint: Checkpoint, _: str) -> Checkpoint:
+        """Nothing moves: the checkpoint is in its place already."""
+        writer.write(**facts)
+        return checkpoint
+
+    ray.train.report(
+        facts["metrics"],
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC if background else CheckpointUploadMode.SYNC,
+        checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=False,  # it is the uploaded one
+    )
+
+
+def load_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, run_dir: str | Path = ".", seed: int = 42, trusted: bool = False
+) -> Progress:
+    """Load the run's newest complete checkpoint into the engine; say where the run goes on. Collective.
+
+    A checkpoint of another grid is converted first, once, by rank 0.
+
+    Args:
+        seed: of the run; on another grid than before, dropout starts anew from it and the step.
+        trusted: load it even if another run wrote it.
+
+    Returns:
+        The progress at the checkpoint, all zeros if there is none.
+
+    Raises:
+        ConfigError: if another run wrote it, and `trusted` is False.
+        RuntimeError: if the checkpoint is there but can't be loaded.
+    """
+    folder, tag = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
+    if folder is None:
+        return Progress()
+    engine.checkpoint_engine = CheckpointWriter()
+    engine._config.load_universal_checkpoint = tag == UNIVERSAL
+    try:
+        with safe_loading():
+            path, state = engine.load_checkpoint(str(folder), tag=tag)
+    except pickle.UnpicklingError as error:
+        raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
+    engine._config.load_universal_checkpoint = False
+    if path is None:
+        raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
+    progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+    if tag == UNIVERSAL:
+        _settle_on_new_grid(engine, progress, seed, state["loss_scaler"])
+    else:
+        _set_random_states(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
+    return progress
+
+
+def _settle_on_new_grid(
+    engine: deepspeed.DeepSpeedEngine, progress: Progress, seed: int, scaler: dict[str, Any] | None
+) -> None:
+    """What a universal checkpoint leaves out: the place of AdamW's step counters, random states, the loss scale."""
+    for parameter, values in engine.optimizer.optimizer.state.items():
+        values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
+    dp_rank = dist.get_rank() // engine.mp_world_size
+    transformers.set_seed((seed + 1 + dp_rank + 1_000_003 * progress.step) % 2**32)
+    if scaler:
+        vars(engine.optimizer.loss_scaler).update(scaler)
+
+
+def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str]:
+    """The checkpoint to load and the tag in it; on rank 0 only."""
+    folder, skipped = run_folder.newest_checkpoint(run_dir)
+    for line in skipped:
+        print(f"not used: {line}", flush=True)
+    if folder is None:
+        return None, ""
+    run_folder.check_origin(folder, trusted)
+    manifest = run_folder.read_manifest(folder)
+    same = all(manifest[name] == value for name, value in _grid(engine).items())
+    return folder, f"step_{manifest['step']:08d}" if same else universal_checkpoint(folder)
+
+
+def _on_rank_0(function: Any) -> Any:
+    """Call it on rank 0 and return its result on all ranks, so that all decide alike. Collective."""
+    answer = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _new_folder(run_dir: Path, step: int) -> Path:
+    """An empty folder for a checkpoint. One that all ranks have finished is never written into again."""
+
+    def choose() -> Path:
+        """The first name that no finished checkpoint has, cleared of an unfinished one; on rank 0 only."""
+        folder, count = run_dir / f"checkpoint_{step:08d}", 1
+        while run_folder.is_finished(folder):
+            count += 1
+            folder = run_dir / f"checkpoint_{step:08d}_{count}"
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    return _on_rank_0(choose)
+
+
+def _grid(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+    stage = int(engine.zero_optimization_stage())
+    return {"tp_size": engine.mp_world_size, "dp_size": engine.seq_dp_world_size, "zero_stage": stage}
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])

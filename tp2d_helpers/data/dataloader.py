@@ -1,0 +1,158 @@
+"""Tokens → samples → the batches of one DP rank, in an order that the seed alone decides.
+
+An epoch is one permutation of the samples, cut into global batches; only then is a global batch dealt out to
+micro-batches and DP ranks. So optimizer step k sees the same samples on any (tp, dp) grid with the same global batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tp2d_helpers import startup
+from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.tokens import prepare_tokens
+
+IGNORED = -100  # the label that PyTorch's cross-entropy skips
+
+
+class TokenDataset(Dataset):
+    """Samples of `seq_length` tokens over a folder of `prepare_tokens`, memory-mapped.
+
+    Packed, sample i is tokens [i·S, (i+1)·S): every position is a real token, and the last, incomplete block is left
+    out. Padded, sample i is the first S tokens of document i, and the rest of its S positions is padding; documents
+    of one token are left out, as they have nothing to predict.
+    """
+
+    def __init__(self, folder: Path, seq_length: int, packing: bool = True) -> None:
+        self.seq_length, self.packing = seq_length, packing
+        self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        self.pad = json.loads((folder / "meta.json").read_text())["pad"]
+        offsets = np.load(folder / "offsets.npy")
+        if packing:
+            self.starts = np.arange(len(self.tokens) // seq_length, dtype=np.int64) * seq_length
+            self.lengths = np.full(len(self.starts), seq_length, dtype=np.int64)
+        else:
+            whole = np.diff(offsets)
+            self.starts = offsets[:-1][whole > 1]
+            self.lengths = np.minimum(whole[whole > 1], seq_length)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels`, int64 [seq_length]; the labels of padding are `IGNORED`."""
+        start, length = self.starts[index], self.lengths[index]
+        tokens = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
+        padding = (0, self.seq_length - int(length))
+        input_ids = torch.nn.functional.pad(tokens, padding, value=self.pad)
+        return {"input_ids": input_ids, "labels": torch.nn.functional.pad(tokens, padding, value=IGNORED)}
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """The micro-batches of one DP rank, cut from global batches that every rank computes alike.
+
+    Epoch e is `randperm(samples)` seeded by (seed, e). Step k takes entries [k·G, (k+1)·G) with
+    G = micro_batch × dp_size × accumulation, reshaped to [accumulation, dp_size, micro_batch]; rank d takes [:, d].
+    The samples after the last whole global batch are left out of the epoch: none is repeated to fill it up, as
+    `DistributedSampler` would do.
+    """
+
+    def __init__(
+        self, samples: int, micro_batch: int, accumulation: int, dp_rank: int, dp_size: int, seed: int
+    ) -> None:
+        self.samples, self.dp_rank, self.seed = samples, dp_rank, seed
+        self.shape = (accumulation, dp_size, micro_batch)
+        self.global_batch = accumulation * dp_size * micro_batch
+        self.steps_per_epoch = samples // self.global_batch
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the epoch, and the step in it to begin with (to resume in the middle)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        self.order, self.start_step = torch.randperm(self.samples, generator=generator), start_step
+
+    def global_batch_of(self, step: int) -> torch.Tensor:
+        """Sample indices of optimizer step `step`, [accumulation, dp_size, micro_batch]."""
+        return self.order[step * self.global_batch : (step + 1) * self.global_batch].view(self.shape)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.steps_per_epoch):
+            yield from self.global_batch_of(step)[:, self.dp_rank].tolist()
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.start_step) * self.shape[0]
+
+
+def create_dataloader(
+    model_name: str,
+    dataset_name: str,
+    seq_length: int,
+    batch_size_per_gpu: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int = 42,
+    dataset_percentage: float = 10.0,
+    gradient_accumulation_steps: int = 1,
+    packing: bool = True,
+    debug_steps: int = 0,
+    eval_samples: int = 0,
+    **source: Any,
+) -> DataLoader:
+    """Build the loader of one DP rank. It yields micro-batches; accumulation of them make a step.
+
+    Ranks of one TP group pass the same `dp_rank` and get the same batches. A batch holds `input_ids` and `labels`,
+    int64 [batch_size_per_gpu, seq_length]. No attention mask is needed: padding is on the right, where causal
+    attention never looks from a real token, and its labels are ignored.
+
+    Args:
+        debug_steps: end an epoch after this many optimizer steps (0: after all of them).
+        eval_samples: keep the last so many samples of the dataset for `evaluate`.
+        source: `dataset_config`, `text_column` and `trust_remote_code`, as for `prepare_tokens`.
+
+    Raises:
+        ConfigError: if the dataset is smaller than one global batch, or can't be tokenised.
+    """
+    folder = prepare_tokens(model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source)
+    dataset = TokenDataset(folder, seq_length, packing)
+    samples = max(len(dataset) - eval_samples, 0)
+    sampler = GlobalBatchSampler(samples, batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed)
+    if not sampler.steps_per_epoch:
+        raise ConfigError(f"{samples} samples are fewer than one global batch of {sampler.global_batch}")
+    sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
+    startup.mark("data")
+    # With a generator of its own: the loader draws a number at each start, which a resumed run would have more of.
+    return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+
+
+def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Tensor]], int]]:
+    """Group the loader's micro-batches by optimizer step.
+
+    Yields:
+        (micro_batches, tokens): this rank's micro-batches of one step, and the real tokens of the global batch. Each
+        micro-batch also holds `num_items_in_batch`, a float: the targets of the global batch over its number of
+        micro-batches. Hugging Face models divide the summed loss by it, so that the plain mean over micro-batches and
+        DP ranks, which is what DeepSpeed takes of the gradients, is the mean over all targets, however they spread.
+        Every rank knows the lengths of all samples, so this costs no communication.
+    """
+    sampler, lengths = loader.batch_sampler, torch.from_numpy(loader.dataset.lengths)
+    accumulation, dp_size, _ = sampler.shape
+    batches = iter(loader)
+    for step in range(sampler.start_step, sampler.steps_per_epoch):
+        real = lengths[sampler.global_batch_of(step)]
+        targets = (real - 1).sum() / (accumulation * dp_size)
+        yield [{**next(batches), "num_items_in_batch": targets} for _ in range(accumulation)], int(real.sum())
+
+
+def data_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that `create_dataloader` takes."""
+    names = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "trust_remote_code",
+             "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps", "dp_size", "seed",
+             "debug_steps", "eval_samples")  # fmt: skip
+    return {name: config[name] for name in names}

@@ -1,0 +1,124 @@
+"""Load → shard → DeepSpeed engine, in this order:
+
+1. load the weights on the CPU, in the dtype they compute in (memory-mapped: the ranks of a node share the page cache);
+2. `deepspeed.initialize` shards them by AutoTP, each rank copying only its slices to its device, and then wraps the
+   optimizer by ZeRO, which keeps fp32 master weights of the shard;
+3. compare the shape of every shard with the plan, so that a layer that stayed whole is an error and not a slow run.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoModelForCausalLM
+
+from tp2d_helpers import startup
+from tp2d_helpers.model.mpu import ModelParallelUnit
+from tp2d_helpers.model.sharding import check_shards, planned_shapes
+from tp2d_helpers.speed.optimizations import optimize
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def get_mixed_precision_dtype() -> torch.dtype:
+    """bf16 on GPUs that compute in it (Ampere and newer), fp16 on older ones, fp32 on CPU.
+
+    `torch.cuda.is_bf16_supported()` alone also says yes to GPUs that only emulate it, at a fraction of the speed.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
+    """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.config.use_cache = False
+    return model
+
+
+def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed config of a run: AutoTP, ZeRO, precision, batch sizes.
+
+    The batch sizes count samples: a step takes micro-batch × accumulation × dp_size of them, whatever tp_size is.
+    """
+    tp_size, zero_stage = config["tp_size"], config.get("zero_stage", 1)
+    micro_batch, accumulation = config["batch_size_per_gpu"], config.get("gradient_accumulation_steps", 1)
+    # With one replica nothing travels, and DeepSpeed would wait for the GPU after each backward pass.
+    overlap = config["dp_size"] > 1 and dtype != torch.float32
+    result: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * config["dp_size"],
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.get("max_grad_norm", 1.0),
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": overlap},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # they wait for the GPU before and after each step
+    }
+    if tp_size > 1:
+        # The head's output stays divided by vocabulary, and the cross-entropy is computed on the parts: the whole
+        # logits, the largest activation of a small model, exist nowhere.
+        result["tensor_parallel"] = {"autotp_size": tp_size, "vocab_parallel_lm_head": True}
+    if dtype == torch.bfloat16:
+        low = config.get("master_weights", "fp32") == "bf16"
+        result["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": low, "bf16_optimizer_states": low}
+    elif dtype == torch.float16:
+        result["fp16"] = {"enabled": True}  # with dynamic loss scaling, DeepSpeed's default
+    return result
+
+
+def setup_model_with_autotp(
+    model_name: str, tp_size: int, dp_size: int, world_rank: int, world_size: int, config: dict[str, Any]
+) -> tuple[deepspeed.DeepSpeedEngine, dist.ProcessGroup, dist.ProcessGroup, int, int]:
+    """Build the engine of this rank. Collective: every rank of the world calls it with the same arguments.
+
+    Returns:
+        (engine, tp_group, dp_group, tp_rank, dp_rank)
+
+    Raises:
+        ConfigError: if the model can't be sharded so.
+        RuntimeError: if AutoTP left a weight in another shape than planned.
+    """
+    mpu = ModelParallelUnit.from_grid(tp_size, dp_size)
+    if not torch.cuda.is_available():  # else DeepSpeed compiles, for a minute, a kernel that only inference uses
+        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+    deepspeed.init_distributed()
+    dtype, seed = PRECISIONS.get(config.get("precision")) or get_mixed_precision_dtype(), config.get("seed", 42)
+
+    # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
+    transformers.set_seed(seed)
+    startup.mark("process groups")
+    model = load_model(model_name, dtype, config.get("trust_remote_code", False))
+    startup.mark("weights")
+    planned = planned_shapes(model, tp_size)
+    optimizer, schedule = _optimizer(model, config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype),
+        mpu=mpu,
+    )
+    check_shards(engine.module, planned)
+    startup.mark("sharding")
+    optimize(engine, config, mpu.tp_group)
+    startup.mark("optimizations")
+    # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
+    transformers.set_seed(seed + 1 + mpu.dp_rank)
+    return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
+
+
+def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW in one kernel per step, and its learning rate: a linear warm-up, then constant.
+
+    Made before the weights are sharded: AutoTP puts the shards in their place.
+    """
+    rate, decay = config.get("learning_rate", 1e-5), config.get("weight_decay", 0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    return optimizer, transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))

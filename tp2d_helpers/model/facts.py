@@ -1,0 +1,170 @@
+"""What is asked about a model, read once: its shape, its parameters, and what one rank of a TP group holds of it.
+
+Preflight reads the facts and hands them on to the checks, the planner and the notebook, so that no two of them can
+understand a config differently.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.model.sharding import meta_model, planned_shapes
+
+
+def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
+    """Read the model's config. Raises `ConfigError` if it is neither local nor in the hub's reach or cache."""
+    try:
+        return AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ConfigError(
+            f"model_name = {model_name!r}: its config can't be loaded ({reason(error)}). "
+            'Without a way to the hub, take "demo" or the path of a local folder.'
+        ) from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank of a TP group holds of a model: counts, and widths in elements per token."""
+
+    layers: int
+    hidden: int
+    query: int
+    key_value: int
+    mlp: int
+    heads: int
+    vocabulary: int
+    parameters: int
+    block_inputs: int  # column-wise layers in a decoder layer
+    tied: bool
+
+    @property
+    def layer_matmuls(self) -> list[tuple[int, int]]:
+        """[in, out] of each matrix of a decoder layer, as this rank has it."""
+        gates = max(1, self.block_inputs - 3)  # column-wise layers besides q, k and v
+        attention = [(self.hidden, self.query), *[(self.hidden, self.key_value)] * 2, (self.query, self.hidden)]
+        return [*attention, *[(self.hidden, self.mlp)] * gates, (self.mlp, self.hidden)]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A decoder's shape and parameters. Of a config whose text model is a part of it, that part's.
+
+    Attributes:
+        config: the model's own, as `transformers` reads it.
+        layers, hidden, heads, key_value_heads, head_dim, mlp, vocabulary: its shape.
+        positions: the longest sequence that it knows; None without a limit.
+        block_inputs: column-wise layers in a decoder layer, by its tp plan.
+        tied: whether the output head is the embedding.
+    """
+
+    config: transformers.PretrainedConfig
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    positions: int | None
+    block_inputs: int
+    tied: bool
+
+    @classmethod
+    def read(cls, model_name: str, trust_remote_code: bool = False) -> ModelFacts:
+        """Of a model by its name. Raises `ConfigError` if its config can't be loaded."""
+        return cls.of(load_config(model_name, trust_remote_code))
+
+    @classmethod
+    def of_shape(cls, shape: dict[str, Any]) -> ModelFacts:
+        """Of a model that is nowhere: `model_type` and fields of its config, as in `demo.SHAPES`."""
+        return cls.of(AutoConfig.for_model(**shape))
+
+    @classmethod
+    def of(cls, config: transformers.PretrainedConfig) -> ModelFacts:
+        """Of a config."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        plan = getattr(config, "base_model_tp_plan", None) or {}
+        return cls(
+            config=config,
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=heads,
+            key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocabulary=text.vocab_size,
+            positions=getattr(text, "max_position_embeddings", None),
+            block_inputs=sum(style == "colwise" for style in plan.values()),
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    @functools.cached_property
+    def meta(self) -> torch.nn.Module:
+        """The model without storage. Raises `ConfigError` if `AutoModelForCausalLM` can't build it."""
+        try:
+            return meta_model(self.config)
+        except ValueError as error:
+            raise ConfigError(
+                f"model_name: {self.config.model_type!r} is not a model that AutoModelForCausalLM builds "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.meta.parameters())
+
+    @functools.cached_property
+    def matmul_parameters(self) -> float:
+        """Parameters that each token is multiplied by: of all matrices, whatever their class, but lookups.
+
+        An embedding is a lookup unless it is the output head, too. Of the experts of a mixture, stacked in tensors
+        [experts, …], a token meets `num_experts_per_tok`.
+        """
+        text, head = self.config.get_text_config(), self.meta.get_output_embeddings()
+        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+        lookups = {id(m.weight) for m in self.meta.modules() if isinstance(m, torch.nn.Embedding)}
+        lookups -= {id(head.weight)} if head is not None else set()
+        total = 0.0
+        for parameter in self.meta.parameters():
+            if parameter.ndim == 2 and id(parameter) not in lookups:
+                total += parameter.numel()
+            elif parameter.ndim == 3 and experts and parameter.shape[0] == experts:
+                total += parameter.numel() * text.num_experts_per_tok / experts
+        return total
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Floating-point operations of a training step per token: 6·N + 6·L·a·s.
+
+        N is `matmul_parameters`, L the layers, a = heads · head_dim, s the sequence length. 2 of the 6 are the forward
+        pass, 4 the backward pass. The second term is causal attention, 12·L·a·s halved by the mask (Chowdhery et al.
+        2022, PaLM, appendix B, without the halving). Recomputed activations don't count.
+        """
+        return 6 * self.matmul_parameters + 6 * self.layers * self.heads * self.head_dim * seq_length
+
+    def shard(self, tp_size: int) -> Shard:
+        """What each rank of a TP group holds. Raises `ConfigError` if the model can't be divided so.
+
+        That is more than 1/tp_size of the parameters: norms stay whole, and so does the embedding of an untied model,
+        which is 525 of Llama-3-8B's 8,030 million.
+        """
+        return Shard(
+            layers=self.layers,
+            hidden=self.hidden,
+            query=self.heads * self.head_dim // tp_size,
+            key_value=self.key_value_heads * self.head_dim // tp_size,
+            mlp=self.mlp // tp_size,
+            heads=self.heads // tp_size,
+            vocabulary=self.vocabulary // tp_size,
+            parameters=sum(shape.numel() for shape in planned_shapes(self.meta, tp_size).values()),
+            block_inputs=self.block_inputs,
+            tied=self.tied,
+        )

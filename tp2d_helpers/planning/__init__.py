@@ -1,0 +1,17 @@
+"""Bytes sent, bytes held and seconds of a step, predicted from the settings alone; and what fits, the fastest first."""
+
+from tp2d_helpers import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "tp_bytes": "traffic",
+        "zero_bytes": "traffic",
+        "state_bytes": "traffic",
+        "Setting": "memory",
+        "memory_per_gpu": "memory",
+        "scaling_curve": "step_time",
+        "fastest": "candidates",
+        "explain_out_of_memory": "out_of_memory",
+    },
+)

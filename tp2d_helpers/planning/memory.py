@@ -1,0 +1,196 @@
+"""How full a GPU gets: weights, gradients, optimizer, activations, logits and buffers, from a run's config alone.
+
+The counts are of what DeepSpeed 0.19.8 and PyTorch's autograd keep, as formulas. The part that doesn't depend on the
+batch is `traffic.state_bytes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tp2d_helpers.config import OPTIMIZATIONS
+from tp2d_helpers.model.facts import Shard
+from tp2d_helpers.planning.traffic import state_bytes
+from tp2d_helpers.speed.graphs import host_bound
+from tp2d_helpers.speed.optimizations import chosen_optimizations, peers_copy
+from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
+
+# What autograd keeps of a decoder layer between its forward and backward pass, with flash attention, in tensors of
+# (hidden, query, key-value, mlp) width per token. The first width is whole on each rank of a TP group, the others are
+# divided by tp_size: Korthikanti et al. 2022, section 4, without its sequence parallelism.
+#   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
+#              attention's output; gate, silu(gate), up, their product
+#   compiled   the layer's input, the norms' outputs, the attention block's output; q, k, v; the attention's output;
+#              gate, up, and their product, an input of a matrix product of the backward pass
+#   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
+#              the group, beside the parts
+#   full       the layer's input
+# tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
+ACTIVATIONS = {"eager": (8, 2, 2, 4), "compiled": (4, 2, 2, 3), "selective": (3, 2, 2, 2), "full": (1, 0, 0, 0)}
+SUMS = 2
+BACKWARD = (4, 2, 2, 3)  # gradients of a layer's activations that are there at once, while its backward pass runs
+
+# Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
+# softmax and, where it isn't computed in place, one more. `loss.CrossEntropy` adds the gradient only if it is
+# compiled ("fused"), else three fp32 tensors and a mask in its backward pass ("separate").
+LOSS_BYTES = {"whole": 8, "vocabulary": 12, "separate": 13, "fused": 2}
+
+BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`); two of them overlap
+STAGE_3_LIVE = 1_050_000_000  # elements that stage 3 keeps gathered: `max_live_parameters` and one prefetch bucket
+STAGE_3_GROUP = 1_000_000_000  # elements that stage 3 steps at a time (`sub_group_size`)
+
+ON_GPU = frozenset(OPTIMIZATIONS)  # `optimizations = "auto"`, below ZeRO 3, each where it can be
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's memory and speed depend on, by the names in `Config`. Sizes are in samples, lengths in tokens.
+
+    `width` is the bytes of a weight or activation. `optimizations` has names of `config.OPTIMIZATIONS`.
+    """
+
+    tp_size: int = 1
+    dp_size: int = 1
+    zero_stage: int = 1
+    batch_size_per_gpu: int = 1
+    gradient_accumulation_steps: int = 1
+    seq_length: int = 512
+    activation_checkpointing: str = "none"  # or selective, full
+    master_weights: str = "fp32"
+    width: int = 2
+    optimizations: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Setting:
+        """The part of a run's config (`Config.model_dump()`, or the workers' dict) that counts."""
+        values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
+        precision, use_gpu = config.get("precision", "auto"), config.get("use_gpu", True)
+        fp32 = precision == "fp32" or (precision == "auto" and not use_gpu)
+        chosen, _ = chosen_optimizations(dict(config), bool(use_gpu))
+        return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": frozenset(chosen)})
+
+    @property
+    def one_pass_step(self) -> bool:
+        """Whether the optimizer's step is `optimizer.fuse_step`'s, and not DeepSpeed's."""
+        return "fused_step" in self.optimizations and self.zero_stage in (1, 2) and self.master_weights == "fp32"
+
+    @property
+    def copied_in_halves(self) -> bool:
+        """Whether half of a block's forward sum travels while the other half is computed (`reductions.row_product`)."""
+        return peers_copy(self.optimizations, self.tp_size) and self.tokens >= ROWS_TO_HALVE
+
+    def replays(self, shard: Shard) -> bool:
+        """Whether the passes of a shard's model are CUDA graphs, where "auto" allows them."""
+        allowed = self.tp_size == 1 and self.activation_checkpointing == "none"
+        small = host_bound(sum(k * n for k, n in shard.layer_matmuls), self.tokens)
+        return "cuda_graph" in self.optimizations and allowed and small
+
+    @property
+    def loss(self) -> str:
+        """Which of `LOSS_BYTES` the loss is."""
+        if "fused_loss" in self.optimizations:
+            return "fused" if "compile" in self.optimizations else "separate"
+        return "vocabulary" if self.tp_size > 1 else "whole"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.batch_size_per_gpu * self.seq_length
+
+    @property
+    def global_tokens(self) -> int:
+        """Tokens of one optimizer step, over all replicas."""
+        return self.tokens * self.gradient_accumulation_steps * self.dp_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU at the fullest moment of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # masters and moments
+    activations: float
+    logits: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Name → bytes."""
+        names = {"optimizer": "masters and moments"}
+        return {names.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
+
+
+def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
+    """Bytes per GPU at the fullest of three moments of a step: at the loss, in a backward pass, or at its end.
+
+    That is memory in tensors (`torch.cuda.max_memory_allocated`). The CUDA context, NCCL and the allocator's gaps come
+    on top: see `candidates`.
+    """
+    state = state_bytes(shard.parameters, setting.dp_size, setting.zero_stage, setting.width)
+    optimizer = state["masters and moments"] / (2 if setting.master_weights == "bf16" else 1)
+    divided = setting.zero_stage >= 1
+    partition = setting.width * shard.parameters / (setting.dp_size if divided else 1)
+    earlier = state["gradients"] if setting.gradient_accumulation_steps > 1 or setting.zero_stage == 3 else 0
+    kept, layer = activation_bytes(shard, setting)
+    gathered, buckets = _buffers(shard, setting)
+    at_loss = Memory(state["weights"], earlier, optimizer, kept, logit_bytes(shard, setting), gathered + buckets)
+    in_backward = Memory(state["weights"], earlier, optimizer, kept + layer, 0, gathered + buckets)
+    at_end = Memory(state["weights"], partition, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
+    if setting.replays(shard):  # what the graphs use stays theirs
+        at_end = replace(at_end, gradients=state["gradients"], activations=kept, logits=at_loss.logits)
+    return max(at_loss, in_backward, at_end, key=lambda moment: moment.total)
+
+
+def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
+    """(kept from the forward passes of all layers, added while the backward pass of one runs), for a micro-batch.
+
+    Kept are per token and layer `ACTIVATIONS` tensors, and of flash attention one fp32 number per head, the log of the
+    softmax's sum. A checkpointed layer is computed again before its backward pass: its own activations are added.
+    """
+    uncut = ACTIVATIONS["compiled" if "compile" in setting.optimizations else "eager"]
+    mode = setting.activation_checkpointing
+    kept = uncut if mode == "none" else ACTIVATIONS[mode]
+    if mode == "selective" and setting.tp_size > 1:
+        kept = (kept[0] + SUMS, *kept[1:])
+    again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
+    widths = (shard.hidden, shard.query, shard.key_value, shard.mlp)
+
+    def size(counts: tuple[int, ...] | list[int]) -> float:
+        """Bytes of so many tensors of each width."""
+        sums = 4 * shard.heads if counts[1] else 0
+        return setting.tokens * (setting.width * sum(map(int.__mul__, counts, widths)) + sums)
+
+    return shard.layers * size(kept), size(again) + size(BACKWARD)
+
+
+def logit_bytes(shard: Shard, setting: Setting) -> float:
+    """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed."""
+    return setting.tokens * shard.vocabulary * (setting.width + LOSS_BYTES[setting.loss])
+
+
+def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
+    """(gathered weights of stage 3, gradient buckets): bytes."""
+    width, stage = setting.width, setting.zero_stage
+    if stage == 3:
+        return width * min(shard.parameters, STAGE_3_LIVE), width * BUCKET
+    overlap = setting.dp_size > 1 and width != 4  # `engine.deepspeed_config`
+    return 0, width * BUCKET * (1 + overlap) if stage else 0
+
+
+def _step_copies(shard: Shard, setting: Setting) -> float:
+    """Gradients as the optimizer takes them: flat, and in fp32. The one-pass step takes them as they are."""
+    if setting.zero_stage == 3:
+        return 4 * min(shard.parameters / setting.dp_size, STAGE_3_GROUP)
+    partition = shard.parameters / (setting.dp_size if setting.zero_stage else 1)
+    if setting.master_weights == "bf16":
+        return setting.width * partition
+    if setting.one_pass_step:
+        return 0
+    return (setting.width + 4 * (setting.width != 4)) * partition

@@ -1,0 +1,215 @@
+"""How long a step takes on given GPUs, and how that scales over nodes: seconds, out of a run's config alone.
+
+A roofline (Williams et al. 2009) with the sums that it needs and no more: matrix products at a share of the peak plus
+their own traffic, element-wise passes and the optimizer at the bandwidth of the memory, collectives at that of the
+links, and never faster than the host launches kernels. `MEASURED` has every number that isn't a datasheet's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tp2d_helpers.model.facts import ModelFacts, Shard
+from tp2d_helpers.planning.memory import Setting
+from tp2d_helpers.planning.traffic import BLOCKS, all_reduces, zero_bytes
+from tp2d_helpers.speed.devices import Device
+
+
+@dataclass(frozen=True)
+class Network:
+    """How GPUs are joined into nodes: `bandwidth` is byte/s between nodes, per GPU (400 Gbit/s each by default)."""
+
+    gpus_per_node: int = 8
+    bandwidth: float = 50e9
+
+
+# Of runs on two H200 of one host, torch 2.11, NCCL 2.28; tests/planning/test_step_time.py compares them all.
+# In brackets, where a number is from: a profile is that of Qwen2-7B at tp 2, 4 × 4096 tokens per micro-batch.
+MEASURED = {
+    "products": 0.73,  # share of the peak that a large matrix product reaches, its memory traffic apart (fit)
+    "attention": 0.37,  # the same for flash attention, forward and backward (profile)
+    "memory": 0.86,  # of the memory's bandwidth (profile: the kernel of the optimizer's step)
+    "links": 0.62,  # of the links' bandwidth, in an all-reduce of 117 MB (alone 0.67, in the profile 0.58)
+    "network": 0.80,  # of the network's (a guess)
+    "hidden": 0.80,  # of a backward pass, the share that ZeRO's collectives can hide behind, below stage 3 (a guess)
+    "latency": 20e-6,  # seconds of a collective, times log2 of its ranks (a guess)
+}
+# Element-wise passes over (hidden, query + key-value, mlp) per token and layer, forward and backward.
+PASSES = {"eager": (160, 36, 13), "compiled": (30, 8, 12)}
+LOSS_PASSES = {"whole": 34, "vocabulary": 60, "separate": 88, "fused": 8}  # bytes read and written per logit
+STEP_BYTES = {"fused": 28 + 7, "deepspeed": 160}  # per parameter of the partition: see `_optimizer`
+# Seconds to launch a layer's kernels, forward and backward; of a graph, to hand out its gradients. Hosts differ: steps
+# of 24 compiled layers on 1 × 512 tokens took 42 to 87 ms, of graphs 11 to 14, of eager ones on 8 × 1024 151 to 232 ms.
+HOST_LAYER = {"eager": 7.5e-3, "compiled": 2.8e-3, "graph": 0.3e-3}
+HOST_STEP = 4e-3  # seconds on the host per optimizer step
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step. Communication is what isn't hidden; `host` what the GPU waits for launches."""
+
+    products: float
+    attention: float
+    element_wise: float
+    tp_communication: float
+    dp_communication: float
+    optimizer: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return sum(vars(self).values())
+
+
+def step_time(shard: Shard, setting: Setting, device: Device, network: Network | None = None) -> StepTime:
+    """Seconds of one optimizer step.
+
+    The work adds up, and takes at least as long as the host needs to launch it all. ZeRO's collectives hide behind the
+    last backward pass (stage 2: behind all of them), as far as they are no longer than that. Those of stage 3, which a
+    layer waits for before it can compute, hide behind nothing.
+    """
+    network, count = network or Network(), setting.gradient_accumulation_steps
+    how = "compiled" if "compile" in setting.optimizations else "eager"
+    products, attention = _products(shard, setting, device), _attention(shard, setting, device)
+    element_wise, tp = _element_wise(shard, setting, device), _tp_seconds(shard, setting, device, network)
+    micro = products + attention + element_wise + tp
+    backward = 2 / 3 * micro * {2: count, 3: 0}.get(setting.zero_stage, 1)
+    dp = _dp_seconds(shard, setting, device, network, MEASURED["hidden"] * backward)
+    optimizer = _optimizer(shard, setting, device)
+    host = HOST_LAYER["graph" if setting.replays(shard) else how] * shard.layers * count + HOST_STEP
+    return StepTime(
+        products * count, attention * count, element_wise * count, tp * count, dp, optimizer,
+        host=max(0.0, host - micro * count - dp - optimizer),
+    )  # fmt: skip
+
+
+def _products(shard: Shard, setting: Setting, device: Device) -> float:
+    """Matrix products of a micro-batch: 2·m·k·n operations each, thrice (forward, and two in the backward pass).
+
+    m is the tokens. Each also moves its three matrices once, which is what makes narrow products slow.
+    """
+    times = 4 if setting.activation_checkpointing == "full" else 3
+    shapes = [(times, *shape) for shape in shard.layer_matmuls] * shard.layers
+    shapes += [(3, shard.hidden, shard.vocabulary)]
+    m, rate = setting.tokens, device.peak * MEASURED["products"]
+    work = sum(t * 2 * m * k * n for t, k, n in shapes) / rate
+    return work + _moved(sum(t * setting.width * (m * k + k * n + m * n) for t, k, n in shapes), device)
+
+
+def _attention(shard: Shard, setting: Setting, device: Device) -> float:
+    """Flash attention: 6·L·a·s operations per token (`ModelFacts.flops_per_token`), 4/3 of it if recomputed."""
+    operations = 6 * shard.layers * shard.query * setting.seq_length * setting.tokens
+    again = 4 / 3 if setting.activation_checkpointing == "full" else 1
+    return again * operations / (device.peak * MEASURED["attention"])
+
+
+def _element_wise(shard: Shard, setting: Setting, device: Device) -> float:
+    compiled = "compile" in setting.optimizations
+    hidden, heads, mlp = PASSES["compiled" if compiled else "eager"]
+    passes = hidden * shard.hidden + heads * (shard.query + shard.key_value) + mlp * shard.mlp
+    again = 1 if setting.activation_checkpointing == "none" else 4 / 3
+    layers = again * shard.layers * setting.width * passes
+    return _moved(setting.tokens * (layers + LOSS_PASSES[setting.loss] * shard.vocabulary), device)
+
+
+def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network) -> float:
+    """All-reduces of a micro-batch's hidden states over the TP group, as far as nothing hides them.
+
+    With one per block, those of the backward pass hide behind the gradients of the column-wise layers' weights, and
+    those of the forward pass by half where peers copy.
+    """
+    if setting.tp_size == 1:
+        return 0.0
+    backward = BLOCKS if "block_all_reduce" in setting.optimizations else shard.block_inputs
+    count = all_reduces(shard.layers, backward, shard.tied)
+    if setting.activation_checkpointing == "full":
+        count += shard.layers * BLOCKS
+    size = 2 * (setting.tp_size - 1) / setting.tp_size * setting.width * setting.tokens * shard.hidden
+    rate = _rate(setting.tp_size, device, network)
+    each = size / rate + MEASURED["latency"] * math.log2(setting.tp_size)
+    behind = _weight_gradients(shard, setting, device) if "block_all_reduce" in setting.optimizations else 0.0
+    halves = shard.layers * BLOCKS / 2 if setting.copied_in_halves else 0
+    return (count - halves) * each - min(behind, shard.layers * backward * each)
+
+
+def _weight_gradients(shard: Shard, setting: Setting, device: Device) -> float:
+    """Products of a micro-batch that make the gradients of the column-wise weights: all but a block's last."""
+    columns = sum(k * n for k, n in shard.layer_matmuls) - shard.hidden * (shard.query + shard.mlp)
+    return shard.layers * 2 * setting.tokens * columns / (device.peak * MEASURED["products"])
+
+
+def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network, hidden: float) -> float:
+    """ZeRO's collectives, less the part of them that runs during `hidden` seconds of computation.
+
+    The gather of the new weights after the step, of stages 1 and 2, has nothing to hide behind.
+    """
+    dp, stage = setting.dp_size, setting.zero_stage
+    if dp == 1:
+        return 0.0
+    rate = _rate(setting.tp_size * dp, device, network)
+    total = zero_bytes(shard.parameters, dp, stage, setting.gradient_accumulation_steps, setting.width) / rate
+    gather = (dp - 1) / dp * setting.width * shard.parameters / rate if stage in (1, 2) else 0.0
+    return max(0.0, total - gather - hidden) + gather + MEASURED["latency"] * math.log2(dp)
+
+
+def _optimizer(shard: Shard, setting: Setting, device: Device) -> float:
+    """AdamW reads gradient (2 bytes), master and moments (12), writes these and the weight (14): 28 per parameter.
+
+    The pass for the norm before it reads 2, at 1.2 TB/s on an H200: as long as 7 take.
+    """
+    kind = "fused" if setting.one_pass_step else "deepspeed"
+    return _moved(STEP_BYTES[kind] * shard.parameters / (setting.dp_size if setting.zero_stage else 1), device)
+
+
+def _moved(size: float, device: Device) -> float:
+    return size / (device.memory_bandwidth * MEASURED["memory"])
+
+
+def _rate(ranks: int, device: Device, network: Network) -> float:
+    """byte/s of a ring: of the links within a node, of the network as soon as it leaves one."""
+    if ranks <= network.gpus_per_node:
+        return device.link_bandwidth * MEASURED["links"]
+    return network.bandwidth * MEASURED["network"]
+
+
+def scaling_curve(
+    model: ModelFacts,
+    setting: Setting,
+    device: Device,
+    gpus: Iterable[int] = tuple(2**i for i in range(11)),
+    network: Network | None = None,
+    global_batch: int | None = None,
+) -> list[dict[str, Any]]:
+    """Expected speed from one GPU to 1,024: TP within a node, DP over all of them.
+
+    Args:
+        setting: of each replica; its dp_size is replaced, and its tp_size cut to the number of GPUs.
+        gpus: how many; a number that tp_size doesn't divide is left out.
+        global_batch: samples per step, to divide among the replicas as accumulation ("strong" scaling); None: each
+            replica keeps its share ("weak" scaling). A number of replicas that doesn't divide it is left out.
+
+    Returns:
+        rows with `gpus`, `tp_size`, `dp_size`, `step_seconds`, `tokens_per_second_per_gpu`, `mfu`.
+    """
+    rows, shards = [], {}
+    flops = model.flops_per_token(setting.seq_length)
+    for count in gpus:
+        tp = min(setting.tp_size, count)
+        dp, accumulation = count // tp, setting.gradient_accumulation_steps
+        if global_batch:
+            accumulation = global_batch // (dp * setting.batch_size_per_gpu)
+        if count % tp or (global_batch and accumulation * dp * setting.batch_size_per_gpu != global_batch):
+            continue
+        here = replace(setting, tp_size=tp, dp_size=dp, gradient_accumulation_steps=accumulation)
+        shards[tp] = shards.get(tp) or model.shard(tp)
+        seconds = step_time(shards[tp], here, device, network).total
+        rate = here.global_tokens / seconds / count
+        rows.append(
+            dict(gpus=count, tp_size=tp, dp_size=dp, step_seconds=seconds, tokens_per_second_per_gpu=rate,
+                 mfu=rate * flops / device.peak)
+        )  # fmt: skip
+    return rows

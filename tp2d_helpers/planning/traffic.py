@@ -1,0 +1,71 @@
+"""What a (tp, dp, ZeRO stage) costs per GPU: bytes held and bytes sent.
+
+The counts are of what DeepSpeed 0.19.8 does, as formulas. A ring of n ranks moves 2·(n−1)/n of a tensor through each
+rank for an all-reduce, and (n−1)/n of it for an all-gather or a reduce-scatter (Thakur et al. 2005). What a
+micro-batch adds is in `memory`; `step_time` makes seconds of the bytes.
+"""
+
+from __future__ import annotations
+
+from tp2d_helpers.model.facts import ModelFacts
+
+# All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
+# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them), or
+# of each of the two blocks.
+FORWARD_ALL_REDUCES = 2
+BLOCKS = 2
+
+
+def tp_bytes(model: ModelFacts, tp_size: int, tokens: int, width: int = 2, block_all_reduce: bool = True) -> float:
+    """Bytes that tensor parallelism sends through each rank for one micro-batch, forward and backward.
+
+    Args:
+        tokens: of the micro-batch, batch × sequence.
+        width: bytes of an activation (2 for bf16).
+        block_all_reduce: one backward all-reduce per attention and MLP block; False: one per column-wise layer,
+            as AutoTP does by itself.
+
+    Returns:
+        2·(t−1)/t · width · tokens · hidden · (L·(2 + column-wise layers, or blocks) + 1 or 2). The last term is the
+        head's input gradient, and for tied models the vocabulary-parallel embedding's output. The loss's own
+        reductions, three numbers per token, are left out.
+    """
+    count = all_reduces(model.layers, BLOCKS if block_all_reduce else model.block_inputs, model.tied)
+    return 2 * (tp_size - 1) / tp_size * width * tokens * model.hidden * count
+
+
+def all_reduces(layers: int, backward: int, tied: bool) -> int:
+    """All-reduces of a micro-batch's hidden states over the TP group, `backward` of them in each layer's backward."""
+    return layers * (FORWARD_ALL_REDUCES + backward) + 1 + tied
+
+
+def zero_bytes(parameters: int, dp_size: int, stage: int, accumulation: int = 1, width: int = 2) -> float:
+    """Bytes that ZeRO sends through each rank for one optimizer step, whatever the number of tokens.
+
+    Stages 0 and 1 all-reduce the gradients once per step, stage 2 once per micro-batch: stages 1 and 2 could make do
+    with a reduce-scatter, which sends half, but DeepSpeed all-reduces its buckets (`use_multi_rank_bucket_allreduce`).
+    Both gather the new weights once per step. Stage 3 reduce-scatters the gradients of each micro-batch and gathers the
+    weights twice for it, for the forward and for the backward pass. That is a bound: what is needed again within 10⁹
+    parameters (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
+
+    Args:
+        parameters: of this rank's TP shard (`Shard.parameters`).
+    """
+    passes = {0: 2, 1: 2 + 1, 2: 2 * accumulation + 1, 3: (1 + 2) * accumulation}[stage]  # reductions + gathers
+    return (dp_size - 1) / dp_size * width * parameters * passes
+
+
+def state_bytes(parameters: int, dp_size: int, stage: int, width: int = 2) -> dict[str, float]:
+    """Bytes per GPU that don't depend on the batch: weights, gradients, and Adam's fp32 masters and two moments.
+
+    ZeRO divides by dp_size the optimizer's part from stage 1, the gradients from stage 2, the weights at stage 3
+    (Rajbhandari et al. 2020, ZeRO, section 3).
+
+    Args:
+        parameters: of this rank's TP shard (`Shard.parameters`).
+    """
+    return {
+        "weights": width * parameters / (dp_size if stage >= 3 else 1),
+        "gradients": width * parameters / (dp_size if stage >= 2 else 1),
+        "masters and moments": 12 * parameters / (dp_size if stage >= 1 else 1),
+    }

@@ -1,0 +1,182 @@
+"""The checks of settings, versions, model, memory, data and precision. Each says what it found, or ends the run.
+
+A check returns what was found and what was chosen, for preflight's table, or raises `ConfigError` with the value found
+and what would be right.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from packaging.version import Version
+
+from tp2d_helpers.checkpoint.run_folder import RESIZABLE
+from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
+from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.planning.advice import advice, describe, describe_parts
+from tp2d_helpers.planning.candidates import GIB, SAFE
+from tp2d_helpers.planning.memory import Setting, memory_per_gpu
+from tp2d_helpers.speed.devices import Device, device_named
+
+# Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
+OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or, if it is in parts, the index: *.index.json
+
+
+def check_resilience(config: Config) -> None:
+    """Settings of evaluation, checkpoints and elasticity that contradict each other.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    if config.keep_checkpoints_by == "eval_loss" and not config.eval_samples:
+        raise ConfigError("keep_checkpoints_by = 'eval_loss': nothing is evaluated; set eval_samples, say to 16")
+    if config.eval_interval and not config.eval_samples:
+        raise ConfigError(f"eval_interval = {config.eval_interval}: eval_samples is 0; set it, say to 16")
+    if config.min_dp_size > config.dp_size:
+        raise ConfigError(f"min_dp_size = {config.min_dp_size}: must not be above dp_size, which is {config.dp_size}")
+    if config.min_dp_size and config.zero_stage not in RESIZABLE:
+        raise ConfigError(f"min_dp_size = {config.min_dp_size}: needs zero_stage 1 or 2, and it is {config.zero_stage}")
+
+
+def check_versions() -> str:
+    """The versions of the libraries that matter. Raises `ConfigError` for one older than what was tested."""
+    found = {name: importlib.metadata.version(name) for name in OLDEST}
+    for name, version in found.items():
+        if Version(version) < Version(OLDEST[name]):
+            raise ConfigError(f"{name} {version}: too old, {OLDEST[name]} is needed (pip install -r requirements.txt)")
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
+    """(what the model is, how it will be divided). Raises `ConfigError` if that can't be done."""
+    if model.positions and config.seq_length > model.positions:
+        raise ConfigError(f"seq_length = {config.seq_length}: the model's positions end at {model.positions}")
+    if config.tp_size > 1:
+        model.shard(config.tp_size)
+        if model.vocabulary % config.tp_size:
+            raise ConfigError(f"tp_size = {config.tp_size}: must divide the vocabulary of {model.vocabulary} tokens")
+    tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
+        raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
+    if not _has_weights(config.model_name):
+        raise ConfigError(f"model_name = {config.model_name!r}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    name = Path(config.model_name).name if Path(config.model_name).is_dir() else config.model_name
+    shards = f"{config.tp_size} shard{'s' * (config.tp_size > 1)}"
+    replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
+    return f"{name}: {model.config.model_type}, {model.parameters:,} parameters", (
+        f"{shards} × {replicas}, ZeRO stage {config.zero_stage}"
+    )
+
+
+def _has_weights(name: str) -> bool:
+    files = [file + suffix for file in WEIGHT_FILES for suffix in ("", ".index.json")]
+    if Path(name).is_dir():
+        return any((Path(name) / file).exists() for file in files)
+    return not is_offline_mode() or any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+
+
+def check_memory(config: Config, model: ModelFacts, resources: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Preflight's row about memory; none without GPUs, or where Ray doesn't say which they are.
+
+    Args:
+        resources: Ray's, which name the types of a cluster's GPUs. If they differ, the largest counts: what it refuses
+            fits nowhere.
+
+    Raises:
+        ConfigError: see `memory_on`.
+    """
+    types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    if not config.use_gpu or not types:
+        return []
+    devices = {name: device_named(name) for name in types}
+    if unknown := [name for name, device in devices.items() if device is None]:
+        return [("memory", f"{', '.join(unknown)}: not a GPU that is known here", "no prediction")]
+    return [("memory", *memory_on(config, model, max(devices.values(), key=lambda device: device.memory)))]
+
+
+def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, str]:
+    """(what is predicted of the GPU's memory, of what parts) for preflight's table.
+
+    Raises:
+        ConfigError: if it is more than the GPU has. Between `SAFE` and all of the GPU, the row says that it is tight.
+    """
+    setting = Setting.of(config.model_dump())
+    memory = memory_per_gpu(model.shard(setting.tp_size), setting)
+    share = memory.total / GIB / device.memory
+    found = f"{memory.total / GIB:.1f} of {device.memory:.1f} GiB per GPU"
+    if share > 1:
+        raise ConfigError(
+            f"{describe(setting)}: needs {memory.total / GIB:.1f} GiB per GPU ({describe_parts(memory)}), and "
+            f"{device.name} has {device.memory:.1f} GiB. {advice(model, device, setting, memory)}"
+        )
+    tight = "; tight: it may run out of memory" if share > SAFE else ""
+    return found, describe_parts(memory) + tight
+
+
+def check_data(config: Config, model: ModelFacts) -> tuple[int, str, str]:
+    """(steps per epoch, what the data is, how it is cut). Tokenises it if this node hasn't yet.
+
+    Raises:
+        ConfigError: if it can't be read, is smaller than one global batch, or has tokens that the model doesn't know.
+    """
+    folder = prepare_tokens(
+        config.model_name,
+        config.dataset_name,
+        config.dataset_config,
+        config.text_column,
+        config.dataset_percentage,
+        config.trust_remote_code,
+    )
+    data, size = TokenDataset(folder, config.seq_length, config.packing), config.global_batch_size
+    kind = "packed" if config.packing else "padded"
+    if len(data) - config.eval_samples < size:
+        held_out = f", {config.eval_samples} of them held out (eval_samples)" if config.eval_samples else ""
+        raise ConfigError(
+            f"dataset_name = {config.dataset_name!r}: {len(data)} {kind} samples of {config.seq_length} tokens "
+            f"({len(data.tokens):,} tokens in all){held_out}, fewer than one global batch of {size} "
+            f"(batch_size_per_gpu {config.batch_size_per_gpu} × dp_size {config.dp_size} × "
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps}). Take a smaller one, shorter samples "
+            "or more data."
+        )
+    highest = max(int(data.tokens.max()), 0 if config.packing else data.pad)
+    if highest >= model.vocabulary:
+        raise ConfigError(
+            f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has "
+            f"{model.vocabulary} ids; "
+            "take the tokenizer that belongs to the model, or resize the model's embeddings"
+        )
+    steps = GlobalBatchSampler(len(data) - config.eval_samples, size, 1, 0, 1, config.seed).steps_per_epoch
+    steps = min(steps, config.debug_steps or steps)
+    return (
+        steps,
+        f"{config.dataset_name}: {len(data.tokens):,} tokens, {len(data):,} {kind} samples of {config.seq_length}",
+        f"{steps} steps per epoch, {size} samples each",
+    )
+
+
+def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:
+    """(what the devices compute in, what the run will), by the GPU types that Ray reports.
+
+    Raises:
+        ConfigError: for bf16 master weights of a run that doesn't compute in bf16, and for fp16 on a CPU without it.
+    """
+    devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
+    old = config.use_gpu and any(device and not device.bf16 for device in devices)
+    device = "fp32" if not config.use_gpu else "fp16" if old else "bf16"
+    precision = device if config.precision == "auto" else config.precision
+    if config.master_weights == "bf16" and precision != "bf16":
+        raise ConfigError(
+            f"master_weights = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
+            "bf16 masters need precision 'bf16', all others take master_weights 'fp32'"
+        )
+    if precision == "fp16" and not (config.use_gpu or CPU_Accelerator().is_fp16_supported()):
+        raise ConfigError("precision = 'fp16': this CPU lacks instructions for it (AVX512-FP16); take 'fp32' or 'bf16'")
+    found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
+    precision += " with loss scaling" if precision == "fp16" else ""
+    return found, f"{precision}, {config.master_weights} master weights, {'NCCL' if config.use_gpu else 'gloo'}"

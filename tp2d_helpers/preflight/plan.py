@@ -1,0 +1,125 @@
+"""Can this cluster run this config? Asked on the driver, before a worker starts or a GPU is taken.
+
+`preflight` connects to Ray, settles what is "auto", and checks the cluster, the model, the data and the storage, in the
+order of what they cost. It ends in a table of what was found and what was chosen, or in one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tp2d_helpers.checkpoint.run_folder import continue_run, record_run
+from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
+from tp2d_helpers.demo import demo_model
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.preflight.checks import (
+    check_data,
+    check_memory,
+    check_model,
+    check_precision,
+    check_resilience,
+    check_versions,
+)
+from tp2d_helpers.preflight.cluster import (
+    check_placement,
+    check_resources,
+    connect,
+    describe_cluster,
+    describe_placement,
+    loopback_variables,
+)
+from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
+from tp2d_helpers.speed.optimizations import chosen_optimizations
+from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
+
+SHARED_STORAGE = Path("/mnt/cluster_storage")  # on an Anyscale workspace, a disk that all its nodes share
+
+
+@dataclass
+class Plan:
+    """What preflight settled: the config without "auto", and what Ray Train and the reader need besides."""
+
+    config: Config
+    model: ModelFacts
+    resources_per_worker: dict[str, float]
+    steps_per_epoch: int
+    rows: list[tuple[str, str, str]] = field(default_factory=list)  # (what, found, chosen)
+
+    @property
+    def num_workers(self) -> int | tuple[int, int]:
+        """Workers to start; (fewest, most) if the run may go on with fewer replicas."""
+        tp_size, sizes = self.config.tp_size, possible_dp_sizes(self.config)
+        return (sizes[0] * tp_size, sizes[-1] * tp_size) if self.config.min_dp_size else self.config.num_workers
+
+    @property
+    def checkpoint_score(self) -> dict[str, Any]:
+        """By what Ray Train chooses the checkpoints to keep, as arguments of its `CheckpointConfig`."""
+        by = self.config.keep_checkpoints_by
+        return {} if by == "newest" else {"checkpoint_score_attribute": by, "checkpoint_score_order": "min"}
+
+    @property
+    def worker_runtime_env(self) -> dict[str, Any]:
+        """Environment of the workers, whatever the driver's is: a GPU that is there may not be wanted."""
+        device = {"DS_ACCELERATOR": "cuda"}
+        if not self.config.use_gpu:
+            device = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return {"env_vars": device | loopback_variables()}
+
+
+def preflight(config: Config) -> Plan:
+    """Check everything that can be checked before the launch.
+
+    Raises:
+        ConfigError: for the first thing that can't work, with the value found and what would be right.
+    """
+    resources = connect()
+    config, why = settle(config, resources)
+    check_resilience(config)
+    then, config = config, continue_run(config)
+    rows = [("versions", check_versions(), "")]
+    rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
+    first = first_size(config, resources)
+    resources_per_worker = check_resources(first, resources)
+    counts = check_placement(first, resources_per_worker)
+    rows.append(("precision", *check_precision(config, resources)))
+    model = ModelFacts.read(config.model_name, config.trust_remote_code)
+    rows.append(("model", *check_model(config, model)))
+    rows += check_memory(config, model, resources)
+    names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
+    rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
+    rows += describe_placement(config, model, counts)
+    steps, *described = check_data(config, model)
+    rows.append(("data", *described))
+    rows.append(("storage", check_storage(config), str(config.run_dir)))
+    rows += check_checkpoints(config, then)
+    record_run(config)
+    return Plan(config, model, resources_per_worker, steps, rows)
+
+
+def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
+    """Settle what is "auto": GPUs if there are, or may come, enough for tp × dp; the model and data that suit them."""
+    gpus = int(resources.get("GPU", 0))
+    enough = gpus >= config.num_workers or config.cluster_wait_seconds > 0
+    use_gpu = config.use_gpu if config.use_gpu != "auto" else enough
+    why = "GPUs" if use_gpu else f"CPU ({gpus} GPUs for {config.num_workers} workers)" if gpus else "CPU"
+    model = {"auto": "Qwen/Qwen2.5-0.5B" if use_gpu else "demo"}.get(config.model_name, config.model_name)
+    dataset = {"auto": "Salesforce/wikitext" if use_gpu else "demo"}.get(config.dataset_name, config.dataset_name)
+    if model == "demo":
+        model = str(demo_model())
+    elif Path(model).expanduser().is_dir():
+        model = str(Path(model).expanduser().absolute())
+    elif model.startswith((".", "/", "~")):
+        raise ConfigError(f"model_name = {model!r}: no such folder")
+    if Path(dataset).expanduser().exists():  # the workers have another working directory
+        dataset = str(Path(dataset).expanduser().absolute())
+    storage, name = config.storage_path, config.experiment_name
+    if storage == "auto":
+        storage = str(SHARED_STORAGE / "tp_autotp" if SHARED_STORAGE.is_dir() else Path("outputs").absolute())
+    if name == "auto":
+        name = f"tp_autotp_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:4]}"
+    settled = dict(model_name=model, dataset_name=dataset, storage_path=storage, experiment_name=name)
+    return config.change(use_gpu=use_gpu, **settled), why

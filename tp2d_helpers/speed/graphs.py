@@ -1,0 +1,143 @@
+"""A micro-batch's forward and backward pass as one CUDA graph each.
+
+However little a kernel has to do, the host takes microseconds to launch it, and a decoder layer has about 60 of them. A
+graph is launched as one. It costs freedom (one shape, no question to the host) and memory that stays taken, so it is
+for models and micro-batches that are too small to keep a GPU busy.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import masking_utils
+from transformers.modeling_outputs import CausalLMOutput
+
+# Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
+# them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at the 0.45 PFLOP/s of small products.
+HOST_BOUND = 1.25e12
+
+_replayed = 0  # bytes that graphs use while they run, and that the allocator takes for free
+
+
+def host_bound(layer_parameters: float, tokens: int) -> bool:
+    """Whether a GPU waits for its host at this micro-batch: 6 operations per token and parameter of a layer's shard."""
+    return 6 * layer_parameters * tokens < HOST_BOUND
+
+
+def peak_memory() -> int:
+    """Most bytes of GPU memory that this process has had allocated since the last reset, those of graphs included."""
+    return torch.cuda.max_memory_allocated() + _replayed
+
+
+class Loss(torch.nn.Module):
+    """A model's loss as a function of tensors and nothing else: what a CUDA graph can be made of."""
+
+    INPUTS = ("input_ids", "labels", "num_items_in_batch")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self.whole = model, model.forward
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """0-dim, from `INPUTS`: tokens and labels [samples, seq], and the number that the summed loss is divided by."""
+        return self.whole(**dict(zip(self.INPUTS, tensors, strict=True)), use_cache=False).loss
+
+
+def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool) -> str:
+    """Let training on micro-batches of this shape replay graphs; all else (evaluation, padding) runs as before.
+
+    The graphs hold the addresses of the weights, which must stay where they are. Collective, as the passes are.
+
+    Args:
+        model: on a GPU, its weights trained by an engine.
+        shape: (samples, seq).
+        keeps_gradients: whether a gradient outlives its step, or is added to.
+
+    Returns:
+        why it can't be done; "" if it is.
+    """
+    whole, device = model.forward, next(model.parameters()).device
+    ids = torch.zeros(shape, dtype=torch.long, device=device)
+    sample = (ids, ids.clone(), torch.ones((), device=device))
+    try:
+        loss = capture(Loss(model.train()), sample)
+    except RuntimeError as error:  # a model that asks the GPU for a number before it goes on
+        return str(error).splitlines()[0]
+
+    @functools.wraps(whole)
+    def forward(*args: Any, use_cache: bool | None = None, **batch: Any) -> Any:
+        """The graphs' loss of a training batch of that shape, and no logits; the model's own output of all else."""
+        tensors = tuple(batch.get(name) for name in Loss.INPUTS) if len(batch) == len(sample) and not args else ()
+        alike = [getattr(tensor, "shape", None) for tensor in tensors] == [tensor.shape for tensor in sample]
+        if not (alike and model.training and torch.is_grad_enabled()):
+            return whole(*args, use_cache=use_cache, **batch)
+        return CausalLMOutput(loss=loss(*tensors).clone())  # the next replay writes it again
+
+    model.forward = forward
+    if keeps_gradients:
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter.register_hook(functools.partial(_keep, parameter))
+    return ""
+
+
+def capture(loss: Loss, sample: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
+    """`loss` as a function that replays graphs. Gradients of the same weight lie in the same place each time.
+
+    They are captured for aliases of the weights: the engine's hooks tie the weights themselves to the default stream,
+    which can't be captured.
+    """
+    names, weights = zip(*loss.named_parameters(), strict=True)
+    aliases = [torch.nn.Parameter(weight.detach(), weight.requires_grad) for weight in weights]
+
+    def passes(*tensors: torch.Tensor) -> torch.Tensor:
+        """The loss from the sample's tensors and, after them, the aliases."""
+        swapped = dict(zip(names, tensors[len(sample) :], strict=True))
+        return torch.func.functional_call(loss, swapped, tensors[: len(sample)])
+
+    replay = _graphed(passes, (*sample, *aliases))
+    return lambda *tensors: replay(*tensors, *weights)
+
+
+def _graphed(passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
+    stream, pool, tracing = torch.cuda.current_stream(), torch.cuda.graph_pool_handle(), masking_utils.is_tracing
+    masking_utils.is_tracing = lambda *_: False  # before 5.20, transformers takes a mask for what is captured
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # the aliases' isn't the default one
+            replay = torch.cuda.make_graphed_callables(passes, sample, allow_unused_input=True, pool=pool)
+    finally:
+        masking_utils.is_tracing = tracing
+        torch.cuda.set_stream(stream)  # one that failed leaves its own
+    torch.cuda.empty_cache()  # what the passes took that were made to warm up
+    global _replayed
+    segments = [found for found in torch.cuda.memory_snapshot() if tuple(found["segment_pool_id"]) == tuple(pool)]
+    _replayed = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
+    torch.cuda.reset_peak_memory_stats()
+    return replay
+
+
+def _keep(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight's first gradient, as the next replay writes its own in the same place."""
+    return gradient.clone() if parameter.grad is None else gradient
+
+
+def skip_search_for_packed_samples(model: torch.nn.Module) -> None:
+    """Tell `transformers` that to attention a sample is one sequence, unless the batch has position ids.
+
+    It would look for places where positions start again, and for that ask the GPU in each forward pass, though it
+    numbered them itself; and where it can't ask, in a graph, use a mask in place of flash attention's own.
+    """
+    search, whole = masking_utils.find_packed_sequence_indices, model.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, **batch: Any) -> Any:
+        """The model's own output."""
+        given = batch.get("position_ids") is not None or len(args) > 2
+        masking_utils.find_packed_sequence_indices = search if given else lambda position_ids: None
+        return whole(*args, **batch)
+
+    model.forward = forward

@@ -1,0 +1,162 @@
+"""What makes the sharded layers fast: fewer all-reduces, compiled layers, activation checkpointing.
+
+AutoTP puts a collective into every layer that it shards, as a call that breaks a compiler's graph. Here a product and
+its sum over the TP group are one operator of `reductions.py`, so that a decoder layer becomes one graph, and the sum
+travels while another product is computed.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tp2d_helpers.demo import cache_dir
+from tp2d_helpers.speed import reductions  # noqa: F401 — defines the operators of torch.ops.tp2d
+
+
+class ColumnProducts(torch.autograd.Function):
+    """Y_i = X A_iᵀ + b_i for all column-wise layers that share the input X: q, k and v, or gate and up.
+
+    The gradient of X is summed over the TP group once, for all of them: f in Megatron-LM (Shoeybi et al. 2019, section
+    3). Layers of unequal width are computed as one product: those of few key-value heads alone can't fill a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """[..., n_i/t] for each layer, from x [..., k] and the weights [n_i/t, k], followed by the biases or None."""
+        weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.group, ctx.sizes, ctx.biased = group, [weight.shape[0] for weight in weights], biases[0] is not None
+        ctx.merged = len(set(ctx.sizes)) > 1
+        ctx.save_for_backward(x, *weights)
+        if ctx.merged:
+            return F.linear(x, torch.cat(weights), torch.cat(biases) if ctx.biased else None).split(ctx.sizes, -1)
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of what `forward` takes; that of x is the sum over the TP group."""
+        x, *weights = ctx.saved_tensors
+        parts = [gradient.flatten(0, -2) for gradient in gradients]
+        if ctx.merged:
+            parts, weights = [torch.cat(parts, -1)], [torch.cat(weights)]
+        dx, dw = torch.ops.tp2d.column_gradients(x.flatten(0, -2), parts, weights, ctx.group)
+        db = [part.sum(0) if ctx.biased else None for part in parts]
+        if ctx.merged:
+            dw = dw[0].split(ctx.sizes)
+            db = db[0].split(ctx.sizes) if ctx.biased else [None] * len(ctx.sizes)
+        return dx.view_as(x), None, *dw, *db
+
+
+class RowProduct(torch.autograd.Function):
+    """Z = Σ Y Aᵀ over the TP group; each part's gradient is Z's: g in Megatron-LM."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
+        """[..., n] from y [..., k/t] and the weight [n, k/t]."""
+        ctx.save_for_backward(y, weight)
+        return torch.ops.tp2d.row_product(y, weight, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Gradients of y and of the weight, from that of z [..., n]: nothing travels."""
+        y, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.flatten(0, -2).T @ y.flatten(0, -2), None
+
+
+class ColumnLinear(LinearLayer):
+    """Hands out its part of its block's `ColumnProducts`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n/t]; x [..., k] has been multiplied as its block was entered."""
+        part, self.part = self.part, None
+        return part
+
+
+class RowLinear(LinearAllreduce):
+    """AutoTP's row-wise layer, its product and its sum as one operator."""
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """[..., n], the same on all ranks, from y [..., k/t]."""
+        z = RowProduct.apply(y, self.weight, self.mp_group.group_name)
+        return z if self.bias is None else z + self.bias
+
+
+class VocabLinear(VocabParallelLinear):
+    """The head, whose input's gradient travels while its weight's is computed."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., V/t], from x [..., h]."""
+        return ColumnProducts.apply(x, self.mp_group.group_name, self.weight, self.bias)[0]
+
+
+FASTER = {LinearAllreduce: RowLinear, VocabParallelLinear: VocabLinear}
+
+
+def reduce_once_per_block(model: torch.nn.Module) -> None:
+    """Let each attention and MLP block reduce its input's gradient once, not once per column-wise layer.
+
+    Two all-reduces per layer in the backward pass instead of five. The layers keep weights, names and checkpoints.
+    """
+    for block in list(model.modules()):
+        children = [child for child in block.children() if getattr(child, "is_tp_parallel", False)]
+        columns = [child for child in children if type(child) is LinearLayer]
+        for child in children:
+            child.__class__ = FASTER.get(type(child), type(child))
+        for column in columns:
+            column.__class__, column.part = ColumnLinear, None
+        if columns:
+            block.register_forward_pre_hook(partial(_enter_block, columns), with_kwargs=True)
+
+
+def _enter_block(columns: list[ColumnLinear], _: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    x = args[0] if args else kwargs["hidden_states"]
+    weights, biases = [column.weight for column in columns], [column.bias for column in columns]
+    group = columns[0].mp_group.group_name
+    for column, part in zip(columns, ColumnProducts.apply(x, group, *weights, *biases), strict=True):
+        column.part = part
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers: of all of the base model's own lists (`layers`; GPT-2's `h`), the longest."""
+    lists = [child for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def layer_parameters(model: torch.nn.Module) -> int:
+    """How many parameters this rank has of a decoder layer."""
+    return sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=False)
+
+
+# What "selective" checkpointing keeps: the results of matrix products, attention and communication. The element-wise
+# rest is cheap to compute again.
+KEPT = {"mm", "addmm", "bmm", "row_product"}
+
+
+def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else ""
+    keep = name in KEPT or name.startswith("_scaled_dot_product")
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(model: torch.nn.Module, mode: str) -> None:
+    """Keep only the inputs of each decoder layer ("full"), or what is costly to recompute as well ("selective")."""
+    if mode == "none":
+        return
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, **kwargs)

@@ -1,0 +1,83 @@
+"""Which optimizations a run uses, and their application to its engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Collection
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from tp2d_helpers.config import OPTIMIZATIONS
+from tp2d_helpers.speed import graphs, layers, reductions
+from tp2d_helpers.speed.loss import fuse_loss
+from tp2d_helpers.speed.optimizer import fuse_step
+
+STAGE_3_CANNOT = {"compile", "block_all_reduce", "peer_copies", "cuda_graph"}
+
+
+def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str], str]:
+    """(names of `OPTIMIZATIONS` that a run uses, why one that was asked for is left out).
+
+    "auto" takes all that help: on CPUs, compilation costs a minute and gains little; graphs are for one GPU per copy
+    of the model. Copies are between two peers, and not in a graph: each goes to another inbox than the one before.
+    """
+    names, stage, tp_size = config.get("optimizations", "auto"), config.get("zero_stage", 1), config.get("tp_size", 1)
+    chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
+    if names == "auto" and not on_gpu:
+        chosen.discard("compile")
+    recomputes = config.get("activation_checkpointing", "none") != "none"
+    if not on_gpu or recomputes or (names == "auto" and tp_size > 1):
+        chosen.discard("cuda_graph")
+    if "cuda_graph" in chosen or not (on_gpu and peers_copy(chosen, tp_size)):
+        chosen.discard("peer_copies")
+    if stage == 3 and chosen & STAGE_3_CANNOT:
+        return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
+    if "compile" in chosen and not compilers(on_gpu):
+        return chosen - {"compile"}, f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed"
+    return chosen, ""
+
+
+def peers_copy(names: Collection[str], tp_size: int) -> bool:
+    """Whether a TP group's sums may travel as copies: it has two peers, and the sums are our own."""
+    return tp_size == 2 and {"block_all_reduce", "peer_copies"}.issubset(names)
+
+
+def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:
+    """Make the engine's step faster; what it computes stays the same."""
+    (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
+    shape = config["batch_size_per_gpu"], config["seq_length"]
+    graphs.skip_search_for_packed_samples(model)
+    if "block_all_reduce" in names:
+        layers.reduce_once_per_block(model)
+    if "peer_copies" in names:
+        elements = math.prod(shape) * model.config.hidden_size
+        _say("no peer_copies, NCCL sums", reductions.copy_between_peers(tp_group, elements, model.dtype))
+    if "fused_loss" in names:
+        fuse_loss(model, "compile" in names)
+    if "fused_step" in names:
+        fuse_step(engine)
+    layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
+    if "compile" in names:
+        layers.compile_layers(model)
+    if "cuda_graph" in names and graphs.host_bound(layers.layer_parameters(model), math.prod(shape)):
+        keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
+        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps))
+
+
+def _say(what: str, trouble: str) -> None:
+    """A line on rank 0, if there was trouble."""
+    if trouble and dist.get_rank() == 0:
+        print(f"{what}: {trouble}", flush=True)
+
+
+def compilers(on_gpu: bool) -> bool:
+    """Whether `torch.compile` has what it needs: Triton for GPUs, a C++ compiler for CPUs."""
+    if on_gpu:
+        return importlib.util.find_spec("triton") is not None
+    return shutil.which(os.environ.get("CXX", "g++")) is not None

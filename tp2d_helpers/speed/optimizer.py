@@ -1,0 +1,118 @@
+"""AdamW's step on ZeRO's partition, with as little memory traffic as PyTorch's own kernels allow.
+
+DeepSpeed's step of ZeRO stages 1 and 2 flattens the gradients, converts them to fp32, looks for infinities, takes the
+norm and clips in a pass each, and asks the GPU for the outcome twice. Here the norm is one pass over the gradients as
+they are, and clipping and the check for infinities are arguments of the fused AdamW kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+
+try:
+    from tp2d_helpers.speed.kernels import OnePassAdamW
+except ImportError:  # Triton comes with PyTorch for GPUs only
+    OnePassAdamW = None
+
+
+class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
+    """ZeRO 1 or 2 with AdamW and fp32 masters, whose step has no host synchronisation. See `fuse_step`."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the partition and gather the weights; gradients that aren't finite leave all as it was."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        norm = self._norm()
+        self._global_grad_norm, self.overflow = norm, False
+        clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
+        infinite = (~torch.isfinite(norm)).float()  # the step is left out then
+        for i in range(len(self.bit16_groups)):
+            self.free_grad_in_param_list(self.params_not_in_partition[i])
+            self._step_group(i, clip, infinite)
+            self.free_grad_in_param_list(self.params_in_partition[i])
+            self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+        self.optimizer._opt_called = True  # the schedule warns otherwise
+        self._lazy_init_hp_params_optimizer_state()
+        if dist.get_world_size(self.dp_process_group) > 1:
+            all_gather_dp_groups(
+                groups_flat=self.bit16_groups_flat,
+                partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+                dp_process_group=self.real_dp_process_group,
+                start_alignment_factor=self.nccl_start_alignment_factor,
+                allgather_bucket_size=self.allgather_bucket_size,
+            )
+
+    def _norm(self) -> torch.Tensor:
+        """L2 norm of the whole model's gradients, a 0-dim fp32 tensor. A weight that TP left whole counts once."""
+        counted = []
+        for i in range(len(self.bit16_groups)):
+            gradients = [g for g in self.averaged_gradients[i] if not getattr(g, "_zero_padding", False)]
+            pairs = zip(gradients, self.params_in_partition[i])  # noqa: B905 — a rank without weights has padding only
+            counted += [g for g, p in pairs if is_model_parallel_parameter(p) or self.model_parallel_rank == 0]
+        square = torch.zeros((), device=self.device)
+        if counted:  # a rank's partition may have nothing but weights that another rank of its TP group counts
+            square = torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float32)).square().sum()
+        dist.all_reduce(square, group=self.dp_process_group)
+        self._model_parallel_all_reduce(square, deepspeed.comm.ReduceOp.SUM)
+        return square.sqrt()
+
+    def _step_group(self, i: int, clip: torch.Tensor, infinite: torch.Tensor) -> None:
+        masters, settings = self.single_partition_of_fp32_groups[i], self.optimizer.param_groups[i]
+        state, gradients = self._state(masters), self.averaged_gradients[i]
+        weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(self.real_dp_process_group[i])]
+        state["step"] += 1 - infinite
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if OnePassAdamW is None or not masters.is_cuda:
+            _fused_adamw(gradients, masters, *moments, state["step"], clip, infinite, settings)
+            weights.copy_(masters)
+            return
+        step, (beta1, beta2) = state["step"].double(), settings["betas"]
+        scalars = torch.stack([1 / clip.double(), 1 - beta1**step, (1 - beta2**step).sqrt(), 1 - infinite.double()])
+        gradients = [gradient.contiguous() for gradient in gradients]
+        if i not in self.one_pass:
+            self.one_pass[i] = OnePassAdamW(gradients)
+        self.one_pass[i].step(gradients, masters, *moments, weights, scalars.float(), settings)
+
+    def _state(self, masters: torch.Tensor) -> dict[str, Any]:
+        state = self.optimizer.state[masters]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=masters.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
+        return state
+
+    def reduce_ready_partitions_and_remove_grads(self, param: torch.nn.Parameter, i: int) -> None:
+        """Nothing to reduce with one replica: DeepSpeed would copy each gradient through its bucket all the same."""
+        if dist.get_world_size(self.dp_process_group) > 1:
+            super().reduce_ready_partitions_and_remove_grads(param, i)
+
+
+def _fused_adamw(
+    gradients: list[torch.Tensor], masters: torch.Tensor, means: torch.Tensor, squares: torch.Tensor,
+    step: torch.Tensor, clip: torch.Tensor, infinite: torch.Tensor, settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """PyTorch's kernel on the flat partition, a gradient at a time: where there is no Triton."""
+    beta1, beta2 = settings["betas"]
+    sizes = [gradient.numel() for gradient in gradients]
+    parts = [tensor.split(sizes) for tensor in (masters, means, squares)]
+    for gradient, master, mean, square in zip(gradients, *parts, strict=True):
+        torch._fused_adamw_(
+            [master], [gradient.flatten().float()], [mean], [square], [], [step], lr=settings["lr"], beta1=beta1,
+            beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
+            grad_scale=clip, found_inf=infinite,
+        )  # fmt: skip
+
+
+def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let `engine.step()` take the short way where it can: ZeRO 1 or 2, AdamW, fp32 masters, no loss scaling."""
+    optimizer = engine.optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
+        return
+    if not engine.fp16_enabled() and optimizer.single_partition_of_fp32_groups[0].dtype == torch.float32:
+        optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {}

@@ -1,0 +1,175 @@
+"""Matrix products whose results are summed over the TP group while the next product runs.
+
+They are operators of their own, which a compiler takes as they are, so that what overlaps is written here and doesn't
+depend on its order. With two GPUs per TP group the parts travel by copy engines: NCCL's kernels take multiprocessors
+from the products beside them, and hide nothing (measured: ci/benchmark/README.md, "What bounds the speed").
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+
+ROWS_TO_HALVE = 4096  # from so many on, half a product takes half its time
+BYTES_TO_COPY = 2**22  # from so many on; before, launching the copies takes longer than a collective
+
+
+class Collectives:
+    """Sums by NCCL or Gloo."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.works = group, []
+
+    def begin(self, part: torch.Tensor) -> None:
+        """Start to sum `part`, contiguous, in place. It must not be touched before `finish`."""
+        self.works.append(dist.all_reduce(part, group=self.group, async_op=True))
+
+    def finish(self) -> None:
+        """Let the device wait for the sums."""
+        while self.works:
+            self.works.pop(0).wait()
+
+
+class PeerCopies(Collectives):
+    """Sums over two GPUs of a node: each writes its part into the other's inbox, by copy engine, and adds.
+
+    There are two inboxes, used in turn. Whoever has received the peer's part of one sum knows that the peer is through
+    with the sum before it, so the inbox of that one is free.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> None:
+        """Collective over `group`; `elements` is the size of the largest tensor to sum."""
+        super().__init__(group)
+        inboxes = symmetric_memory.empty(2 * elements, dtype=dtype, device=torch.device("cuda"))
+        self.handle = symmetric_memory.rendezvous(inboxes, group)
+        self.rank, self.peer = self.handle.rank, 1 - self.handle.rank
+        outboxes = self.handle.get_buffer(self.peer, inboxes.shape, inboxes.dtype)
+        self.inboxes, self.outboxes = inboxes.split(elements), outboxes.split(elements)
+        self.signals = self.handle.get_signal_pad(self.peer)
+        self.stream, self.turn, self.filled, self.pending = torch.cuda.Stream(), 0, 0, []
+
+    def begin(self, part: torch.Tensor) -> None:
+        """As `Collectives.begin`, which small parts, and those of another dtype or beyond the inbox, are left to."""
+        inbox, outbox = self.inboxes[self.turn], self.outboxes[self.turn]
+        small = part.numel() * part.element_size() < BYTES_TO_COPY
+        if small or part.dtype != inbox.dtype or self.filled + part.numel() > inbox.numel():
+            super().begin(part)
+            return
+        place, channel = slice(self.filled, self.filled + part.numel()), 2 * len(self.pending) + self.turn
+        self.filled += part.numel()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outbox[place].copy_(part.view(-1))
+            # Written by the stream itself: a kernel would have to wait for a multiprocessor. The place is that of
+            # `wait_signal`.
+            symmetric_memory._SymmetricMemory.stream_write_value32(self.signals, 2 * channel + self.rank, 1)
+        self.pending.append((part, inbox[place], channel, self.stream.record_event()))
+
+    def finish(self) -> None:
+        """Add what the peer has sent; let the device wait for the rest."""
+        for part, received, channel, sent in self.pending:
+            torch.cuda.current_stream().wait_event(sent)
+            self.handle.wait_signal(self.peer, channel)
+            part.view(-1).add_(received)
+        if self.pending:
+            self.pending, self.filled, self.turn = [], 0, 1 - self.turn
+        super().finish()
+
+
+COPIES: dict[str, PeerCopies] = {}  # by the group's name
+
+
+def reduction(name: str) -> Collectives:
+    """What sums over the group of that name."""
+    return COPIES.get(name) or Collectives(dist.distributed_c10d._resolve_process_group(name))
+
+
+def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
+    """Let the sums over a group of two GPUs use `PeerCopies`, if these reach each other's memory. Collective.
+
+    Args:
+        elements: of the largest tensor to sum; larger ones go by NCCL.
+
+    Returns:
+        why they can't, the same on both; "" if they do.
+    """
+    COPIES.pop(group.group_name, None)
+    (host, first), (other, second) = _of_both((socket.gethostname(), torch.cuda.current_device()), group)
+    if host != other or first == second or not torch.cuda.can_device_access_peer(first, second):
+        return f"GPU {first} of {host} and GPU {second} of {other} can't reach each other's memory"
+    copies, trouble = None, ""
+    try:
+        copies = PeerCopies(group, elements, dtype)
+    except RuntimeError as error:  # a container may forbid what sharing memory needs
+        trouble = str(error).splitlines()[0]
+    trouble = next(filter(None, _of_both(trouble, group)), "")
+    if copies and not trouble:
+        COPIES[group.group_name] = copies
+    return trouble
+
+
+def _of_both(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    found = [None, None]
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def row_product(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
+    """Z = Σ Y Wᵀ over the TP group. The first half travels while the second is computed.
+
+    Args:
+        y: [..., k/t], this rank's part of the features.
+        weight: [n, k/t].
+        group: name of the TP group.
+    """
+    z = y.new_empty(*y.shape[:-1], weight.shape[0])
+    rows, results, reducer = y.flatten(0, -2), z.view(-1, weight.shape[0]), reduction(group)
+    halves = 2 if len(rows) >= ROWS_TO_HALVE else 1
+    for part, result in zip(rows.chunk(halves), results.chunk(halves), strict=True):
+        torch.mm(part, weight.T, out=result)
+        reducer.begin(result)
+    reducer.finish()
+    return z
+
+
+def column_gradients(
+    x: torch.Tensor, gradients: list[torch.Tensor], weights: list[torch.Tensor], group: str
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(Σ over the TP group of Σ_i G_i W_i, [G_iᵀ X]): the first travels while the others are computed.
+
+    Args:
+        x: [rows, k].
+        gradients: of the layers' outputs, [rows, n_i/t] each.
+        weights: [n_i/t, k] each.
+        group: name of the TP group.
+    """
+    dx, reducer = gradients[0] @ weights[0], reduction(group)
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        dx.addmm_(gradient, weight)
+    reducer.begin(dx)
+    dw = [gradient.T @ x for gradient in gradients]
+    reducer.finish()
+    return dx, dw
+
+
+_library = torch.library.Library("tp2d", "DEF")
+_library.define("row_product(Tensor y, Tensor weight, str group) -> Tensor")
+_library.define("column_gradients(Tensor x, Tensor[] gradients, Tensor[] weights, str group) -> (Tensor, Tensor[])")
+for _function in (row_product, column_gradients):
+    _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tp2d::row_product", lib=_library)
+def _(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
+    return y.new_empty(*y.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("tp2d::column_gradients", lib=_library)
+def _(
+    x: torch.Tensor, gradients: list[torch.Tensor], weights: list[torch.Tensor], group: str
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return x.new_empty(x.shape), [weight.new_empty(weight.shape) for weight in weights]

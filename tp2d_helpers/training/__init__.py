@@ -1,0 +1,16 @@
+"""What accompanies the loop: a record per step, a watchdog that ends a hang, nodes that go and come."""
+
+from tp2d_helpers import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "StepMetrics": "metrics",
+        "read_metrics": "metrics",
+        "log_to_file": "metrics",
+        "Watchdog": "watchdog",
+        "GridTrainer": "elastic",
+        "PreemptionNotice": "elastic",
+        "possible_dp_sizes": "elastic",
+    },
+)

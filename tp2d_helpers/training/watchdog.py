@@ -1,0 +1,156 @@
+"""A watchdog that ends a hang and names its cause."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from tp2d_helpers.checkpoint.files import read_json, write_json
+
+MOST_NAMED = 8  # ranks, in one message
+
+
+class Watchdog:
+    """Ends this process if its rank makes no progress for `seconds`, and says which ranks are the cause.
+
+    A rank that fails to arrive at a collective leaves all others waiting in it. So every rank tells by `mark` where it
+    is, and a thread writes that to `<run_dir>/heartbeats/rank_<rank>.json`. A thread that runs out of patience reads
+    all of these files. The cause is the ranks without a heartbeat, or else the ranks that have set fewer marks than
+    others, or else nobody: then all wait in a collective that doesn't come back. It writes the finding to
+    `<run_dir>/stalled.json` and to stderr and exits with 1, and Ray Train restarts the workers from the newest
+    checkpoint. The ranks meet in files because torch's store lives in rank 0, which may be the one that hangs.
+
+    Every rank must set the same marks in the same order.
+    """
+
+    def __init__(self, run_dir: str | Path, rank: int, world_size: int, seconds: float) -> None:
+        """Start the thread.
+
+        Args:
+            run_dir: a folder that all ranks share.
+            rank, world_size: of the whole world.
+            seconds: the longest time that a healthy rank spends between two marks, and some more; 0 turns it off.
+        """
+        self.run_dir, self.rank, self.world_size, self.seconds = Path(run_dir), rank, world_size, seconds
+        self.place = (0, "the start", time.monotonic())  # number of marks, the newest one, when: replaced as a whole
+        self.thawed = time.monotonic()
+        self.heartbeats: dict[int, dict[str, Any]] = {}
+        self.changed: dict[int, float] = {}  # when this rank saw the heartbeat of another change, by its own clock
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if seconds:
+            self.thread.start()
+
+    def mark(self, place: str) -> None:
+        """Say where this rank is, as "step 12". It costs a microsecond."""
+        self.place = (self.place[0] + 1, place, time.monotonic())
+
+    def close(self) -> None:
+        """Stop watching. The others learn that this rank has gone, and where it was."""
+        self.closed.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.mark("the end")
+        self.close()
+
+    def _watch(self) -> None:
+        interval = min(self.seconds / 10, 5)
+        self._beat()
+        self._look()
+        looked, before = -1, time.monotonic()
+        while not self.closed.wait(interval):
+            now = time.monotonic()
+            if now - before > self.seconds / 2:  # the process was frozen itself, and knows nothing of the others
+                self.thawed = now
+            self._beat()
+            marks, _, since = self.place
+            stuck = now - max(since, self.thawed)
+            # The clocks of nodes differ, so a dead heartbeat is one that is the same in two looks, more than half of
+            # the patience apart. More looks would be many reads of the storage in a large world.
+            if stuck >= 0.4 * self.seconds and looked != marks:
+                looked = marks
+                self._look()
+            elif stuck >= self.seconds:
+                self._look()
+                if marks == self.place[0]:
+                    self._end()
+            before = time.monotonic()
+        self._beat()
+
+    def _beat(self) -> None:
+        marks, place, since = self.place
+        beat = dict(marks=marks, place=place, seconds_there=round(time.monotonic() - since, 3), time=time.time(),
+                    host=socket.gethostname(), pid=os.getpid(), closed=self.closed.is_set())  # fmt: skip
+        self.heartbeats[self.rank] = beat
+        with contextlib.suppress(OSError):  # a full disk is for the training to report
+            write_json(self.run_dir / "heartbeats" / f"rank_{self.rank}.json", beat)
+
+    def _look(self) -> None:
+        """Read the others' heartbeats. The first look is the yardstick: an earlier attempt's file never changes."""
+        for rank in set(range(self.world_size)) - {self.rank}:
+            beat = read_json(self.run_dir / "heartbeats" / f"rank_{rank}.json")
+            if rank in self.heartbeats and beat and beat != self.heartbeats[rank]:
+                self.changed[rank] = time.monotonic()
+            self.heartbeats[rank] = beat or self.heartbeats.get(rank, {})
+
+    def _end(self) -> None:
+        ranks, finding = self._culprits()
+        message = f"no progress for {self.seconds:g} s: {finding}"
+        with contextlib.suppress(OSError):
+            write_json(self.run_dir / "stalled.json", dict(message=message, time=time.time(), ranks=ranks))
+        os.write(2, f"{message}\n".encode())  # sys.stderr has a lock, which the hanging thread may hold
+        faulthandler.dump_traceback(2)
+        os._exit(1)  # a thread that hangs in a collective doesn't end by an exception
+
+    def _culprits(self) -> tuple[list[int], str]:
+        """The ranks to blame, and the finding in words."""
+        beats, now = self.heartbeats, time.monotonic()
+        unseen = [rank for rank in range(self.world_size) if rank != self.rank and rank not in self.changed]
+        silent = [rank for rank in self.changed if now - self.changed[rank] > self.seconds / 2]
+        silent = [rank for rank in silent if not beats[rank]["closed"]]  # who has closed is silent by right
+        others = [rank for rank in range(self.world_size) if rank not in {*unseen, *silent}]
+        furthest = max(beats[rank]["marks"] for rank in others)
+        late = [rank for rank in others if beats[rank]["marks"] < furthest]
+        waiting = [rank for rank in others if rank not in late]
+        parts = [
+            *_say(unseen, beats, ("has", "have"), "given no sign of life"),
+            *_say(silent, beats, ("does", "do"), "not answer ({host}, pid {pid}; last seen in {place!r})"),
+            *_say(late, beats, ("is", "are"), "still in {place!r}"),
+            *_say(waiting, beats, ("waits", "wait"), "in {place!r}"),
+        ]
+        if not (unseen or silent or late):
+            parts.append("the collective operation there does not come back on any rank")
+        return sorted(unseen + silent) or late or waiting, "; ".join(parts)
+
+
+def _say(ranks: list[int], beats: dict[int, dict[str, Any]], verbs: tuple[str, str], what: str) -> list[str]:
+    """A phrase for all ranks of which the same is to be said."""
+    groups: dict[str, list[int]] = {}
+    for rank in sorted(ranks):
+        groups.setdefault(what.format_map(beats[rank]), []).append(rank)
+    phrases = [f"{name_ranks(group)} {verbs[len(group) > 1]} {said}" for said, group in groups.items()]
+    left = sum(len(group) for group in list(groups.values())[MOST_NAMED:])
+    return phrases[:MOST_NAMED] + [f"and so on for {left} more"] * bool(left)
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """`ranks 0, 1, 2`, and no more than `MOST_NAMED` of them.
+
+    >>> name_ranks(list(range(128)))
+    'ranks 0, 1, 2, 3, 4, 5, 6, 7 and 120 more'
+    """
+    named = ", ".join(map(str, ranks[:MOST_NAMED]))
+    more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {named}{more}"
