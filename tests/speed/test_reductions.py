@@ -28,6 +28,7 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     group = dist.group.WORLD
+    reductions.register(group)
     if on_gpu:
         assert reductions.copy_between_peers(group, TOKENS * K, dtype) == ""
     for step in range(ROUNDS):
@@ -62,7 +63,7 @@ def fall_back(rank: int, store: str) -> None:
     torch.cuda.current_device, torch.cuda.can_device_access_peer = lambda: device, lambda *_: reach
     reductions.PeerCopies, group = Refused, dist.group.WORLD
     assert reductions.copy_between_peers(group, 1, torch.float32) == "pidfd_getfd: not permitted"
-    assert type(reductions.reduction(group.group_name)) is reductions.Collectives
+    assert type(reductions.REDUCERS[group.group_name]) is reductions.Collectives
     reach = False
     assert reductions.copy_between_peers(group, 1, torch.float32).startswith("GPU 0 of ")
     reach, device = True, 0  # each process sees a GPU of its own only

@@ -17,7 +17,7 @@ from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabPa
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tp2d_helpers.demo import cache_dir
-from tp2d_helpers.speed import reductions  # noqa: F401 — defines the operators of torch.ops.tp2d
+from tp2d_helpers.speed import reductions
 
 
 class ColumnProducts(torch.autograd.Function):
@@ -107,6 +107,7 @@ def reduce_once_per_block(model: torch.nn.Module) -> None:
         children = [child for child in block.children() if getattr(child, "is_tp_parallel", False)]
         columns = [child for child in children if type(child) is LinearLayer]
         for child in children:
+            reductions.register(child.mp_group)
             child.__class__ = FASTER.get(type(child), type(child))
         for column in columns:
             column.__class__, column.part = ColumnLinear, None

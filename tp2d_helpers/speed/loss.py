@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from deepspeed.module_inject.layers import VocabParallelLinear
 
 from tp2d_helpers.data.dataloader import IGNORED
+from tp2d_helpers.speed import reductions
 
 
 def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
     """The reduction over the group, as a new tensor; the device waits for it."""
-    reduced = torch.ops._c10d_functional.all_reduce(tensor, operation, group.group_name)
-    return torch.ops._c10d_functional.wait_tensor(reduced)
+    return torch.ops.tp2d.all_reduce(tensor, operation, group.group_name)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -81,5 +81,7 @@ def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
     """Replace the model's loss by `causal_lm_loss`."""
     head = model.get_output_embeddings()
     parallel = isinstance(head, VocabParallelLinear)
+    if parallel:
+        reductions.register(head.mp_group)
     loss = causal_lm_loss(head.mp_group if parallel else None, head.vocab_start_index if parallel else 0)
     model.loss_function = torch.compile(loss, dynamic=False) if compiled else loss

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
+OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 ROWS_TO_HALVE = 4096  # from so many on, half a product takes half its time
 BYTES_TO_COPY = 2**22  # from so many on; before, launching the copies takes longer than a collective
 
@@ -80,12 +81,14 @@ class PeerCopies(Collectives):
         super().finish()
 
 
-COPIES: dict[str, PeerCopies] = {}  # by the group's name
+REDUCERS: dict[str, Collectives] = {}  # by the group's name: an operator of a graph takes numbers and texts only
 
 
-def reduction(name: str) -> Collectives:
-    """What sums over the group of that name."""
-    return COPIES.get(name) or Collectives(dist.distributed_c10d._resolve_process_group(name))
+def register(group: dist.ProcessGroup) -> None:
+    """Let the operators below reduce over the group, which they know by its name."""
+    found = REDUCERS.get(group.group_name)
+    if found is None or found.group is not group:
+        REDUCERS[group.group_name] = Collectives(group)
 
 
 def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
@@ -97,7 +100,7 @@ def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dty
     Returns:
         why they can't, the same on both; "" if they do.
     """
-    COPIES.pop(group.group_name, None)
+    REDUCERS[group.group_name] = Collectives(group)
     (host, first), (other, second) = _of_both((socket.gethostname(), torch.cuda.current_device()), group)
     if host != other or first == second or not torch.cuda.can_device_access_peer(first, second):
         return f"GPU {first} of {host} and GPU {second} of {other} can't reach each other's memory"
@@ -108,7 +111,7 @@ def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dty
         trouble = str(error).splitlines()[0]
     trouble = next(filter(None, _of_both(trouble, group)), "")
     if copies and not trouble:
-        COPIES[group.group_name] = copies
+        REDUCERS[group.group_name] = copies
     return trouble
 
 
@@ -127,7 +130,7 @@ def row_product(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tens
         group: name of the TP group.
     """
     z = y.new_empty(*y.shape[:-1], weight.shape[0])
-    rows, results, reducer = y.flatten(0, -2), z.view(-1, weight.shape[0]), reduction(group)
+    rows, results, reducer = y.flatten(0, -2), z.view(-1, weight.shape[0]), REDUCERS[group]
     halves = 2 if len(rows) >= ROWS_TO_HALVE else 1
     for part, result in zip(rows.chunk(halves), results.chunk(halves), strict=True):
         torch.mm(part, weight.T, out=result)
@@ -147,7 +150,7 @@ def column_gradients(
         weights: [n_i/t, k] each.
         group: name of the TP group.
     """
-    dx, reducer = gradients[0] @ weights[0], reduction(group)
+    dx, reducer = gradients[0] @ weights[0], REDUCERS[group]
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
         dx.addmm_(gradient, weight)
     reducer.begin(dx)
@@ -156,11 +159,24 @@ def column_gradients(
     return dx, dw
 
 
+def all_reduce(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
+    """The all-reduce ("sum" or "max") of x over the TP group, as a new tensor; the device waits for it."""
+    result = x.clone()
+    dist.all_reduce(result, OPERATIONS[operation], REDUCERS[group].group)
+    return result
+
+
 _library = torch.library.Library("tp2d", "DEF")
+_library.define("all_reduce(Tensor x, str operation, str group) -> Tensor")
 _library.define("row_product(Tensor y, Tensor weight, str group) -> Tensor")
 _library.define("column_gradients(Tensor x, Tensor[] gradients, Tensor[] weights, str group) -> (Tensor, Tensor[])")
-for _function in (row_product, column_gradients):
+for _function in (all_reduce, row_product, column_gradients):
     _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tp2d::all_reduce", lib=_library)
+def _(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("tp2d::row_product", lib=_library)
