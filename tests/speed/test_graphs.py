@@ -94,6 +94,29 @@ def test_equals_passes_as_usual(train: Train, settings: dict[str, Any]) -> None:
     assert_equal_runs(train(**settings, patch=_replay), train(settings["model"]))
 
 
+def _no_capture_on_rank_1(names: dict[str, Any]) -> None:
+    _replay(names)
+
+    def graphed(*arguments: Any) -> Replay:
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\n…")
+        return Replay(*arguments)
+
+    graphs._graphed = graphed
+
+
+@pytest.mark.parametrize("settings", [dict(dp_size=2), dict(dp_size=2, zero_stage=2)], ids=["ZeRO 1", "ZeRO 2"])
+def test_no_rank_replays_what_another_could_not_capture(train: Train, settings: dict[str, Any]) -> None:
+    """Gradients of a graph come in an order of its own: with those of another rank, buckets would hold a mixture."""
+    assert_equal_runs(train("qwen3", patch=_no_capture_on_rank_1, **settings), train("qwen3"))
+
+
+def test_out_of_memory_beside_waiting_ranks_is_an_error(train: Train) -> None:
+    """In a TP group the other ranks wait in an all-reduce of the capture: to go on alone would hang."""
+    with pytest.raises(RuntimeError, match=r"Tried to allocate 1 GiB"):
+        train("qwen3", tp_size=2, patch=_no_capture_on_rank_1)
+
+
 def test_evaluation_between_replays(train: Train) -> None:
     evaluated = dict(eval_samples=6, eval_interval=5, tp_size=2)
     run, reference = train("qwen2-tied", patch=_replay, **evaluated), train("qwen2-tied", **evaluated)
@@ -131,7 +154,8 @@ def test_a_model_that_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     model = load_model(str(tiny_model("llama")), torch.float32)
     forward = model.forward
     monkeypatch.setattr(graphs, "_graphed", fail)
-    assert graphs.replay_passes(model, SHAPE, False) == "operation not permitted when stream is capturing"
+    monkeypatch.setattr(graphs, "first_trouble", lambda trouble: trouble)  # in a world of one
+    assert graphs.replay_passes(model, SHAPE, False, alone=True) == "operation not permitted when stream is capturing"
     assert model.forward == forward
 
 

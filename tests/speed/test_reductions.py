@@ -62,10 +62,10 @@ def fall_back(rank: int, store: str) -> None:
     device, reach = rank, True
     torch.cuda.current_device, torch.cuda.can_device_access_peer = lambda: device, lambda *_: reach
     reductions.PeerCopies, group = Refused, dist.group.WORLD
-    assert reductions.copy_between_peers(group, 1, torch.float32) == "pidfd_getfd: not permitted"
+    assert reductions.copy_between_peers(group, 1, torch.float32) == "rank 1: pidfd_getfd: not permitted"
     assert type(reductions.REDUCERS[group.group_name]) is reductions.Collectives
     reach = False
-    assert reductions.copy_between_peers(group, 1, torch.float32).startswith("GPU 0 of ")
+    assert reductions.copy_between_peers(group, 1, torch.float32).startswith("rank 0: GPU 0 of ")
     reach, device = True, 0  # each process sees a GPU of its own only
     assert reductions.copy_between_peers(group, 1, torch.float32).endswith("can't reach each other's memory")
     dist.barrier()

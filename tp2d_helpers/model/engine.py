@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from tp2d_helpers import startup
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.sharding import check_shards, planned_shapes
+from tp2d_helpers.speed.agreement import everywhere
 from tp2d_helpers.speed.optimizations import optimize
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,6 +34,11 @@ def get_mixed_precision_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _common_dtype() -> torch.dtype:
+    """What the oldest device of the world computes in. Collective."""
+    return min(everywhere(get_mixed_precision_dtype()), key=[torch.float32, torch.float16, torch.bfloat16].index)
 
 
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -89,7 +95,7 @@ def setup_model_with_autotp(
     if not torch.cuda.is_available():  # else DeepSpeed compiles, for a minute, a kernel that only inference uses
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
     deepspeed.init_distributed()
-    dtype, seed = PRECISIONS.get(config.get("precision")) or get_mixed_precision_dtype(), config.get("seed", 42)
+    dtype, seed = PRECISIONS.get(config.get("precision")) or _common_dtype(), config.get("seed", 42)
 
     # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
     transformers.set_seed(seed)

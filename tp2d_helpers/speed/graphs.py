@@ -8,6 +8,7 @@ for models and micro-batches that are too small to keep a GPU busy.
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput
+
+from tp2d_helpers.speed.agreement import first_trouble
 
 # Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
 # them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at the 0.45 PFLOP/s of small products.
@@ -47,26 +50,35 @@ class Loss(torch.nn.Module):
         return self.whole(**dict(zip(self.INPUTS, tensors, strict=True)), use_cache=False).loss
 
 
-def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool) -> str:
+def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool, alone: bool) -> str:
     """Let training on micro-batches of this shape replay graphs; all else (evaluation, padding) runs as before.
 
-    The graphs hold the addresses of the weights, which must stay where they are. Collective, as the passes are.
+    The graphs hold the addresses of the weights, which must stay where they are. Collective over the world: if a rank
+    can't capture its passes, none replays them, as a graph hands out gradients in an order of its own.
 
     Args:
         model: on a GPU, its weights trained by an engine.
         shape: (samples, seq).
         keeps_gradients: whether a gradient outlives its step, or is added to.
+        alone: whether the passes reduce nothing over other ranks, which would wait for one that ran out of memory.
 
     Returns:
-        why it can't be done; "" if it is.
+        why it can't be done, the same on all ranks; "" if it is.
     """
     whole, device = model.forward, next(model.parameters()).device
     ids = torch.zeros(shape, dtype=torch.long, device=device)
     sample = (ids, ids.clone(), torch.ones((), device=device))
+    loss, trouble = None, ""
     try:
         loss = capture(Loss(model.train()), sample)
-    except RuntimeError as error:  # a model that asks the GPU for a number before it goes on
-        return str(error).splitlines()[0]
+    except RuntimeError as error:  # a model that asks the GPU for a number before it goes on, or no memory left
+        if isinstance(error, torch.OutOfMemoryError) and not alone:
+            raise
+        trouble = str(error).splitlines()[0]
+    if trouble := first_trouble(trouble):
+        del loss
+        _forget_graphs()
+        return trouble
 
     @functools.wraps(whole)
     def forward(*args: Any, use_cache: bool | None = None, **batch: Any) -> Any:
@@ -118,6 +130,14 @@ def _graphed(passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ..
     _replayed = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
     torch.cuda.reset_peak_memory_stats()
     return replay
+
+
+def _forget_graphs() -> None:
+    """Give back the memory of graphs that are not used."""
+    global _replayed
+    _replayed = 0
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _keep(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:

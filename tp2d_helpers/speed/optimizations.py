@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.speed import graphs, layers, reductions
+from tp2d_helpers.speed.agreement import everywhere, first_trouble
 from tp2d_helpers.speed.loss import fuse_loss
 from tp2d_helpers.speed.optimizer import fuse_step
 
@@ -50,7 +51,9 @@ def peers_copy(names: Collection[str], tp_size: int) -> bool:
 
 def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:
     """Make the engine's step faster; what it computes stays the same."""
-    (names, _), model = chosen_optimizations(config, torch.cuda.is_available()), engine.module
+    names, trouble = _agreed(*chosen_optimizations(config, torch.cuda.is_available()))
+    model = engine.module
+    _say("not all optimizations", trouble)
     shape = config["batch_size_per_gpu"], config["seq_length"]
     graphs.skip_search_for_packed_samples(model)
     if "block_all_reduce" in names:
@@ -67,7 +70,12 @@ def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group
         layers.compile_layers(model)
     if "cuda_graph" in names and graphs.host_bound(layers.layer_parameters(model), math.prod(shape)):
         keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
-        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps))
+        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, alone=tp_group.size() == 1))
+
+
+def _agreed(names: set[str], trouble: str) -> tuple[set[str], str]:
+    """What every rank of the world can do, and what stands in some rank's way. Collective."""
+    return set.intersection(*everywhere(names)), first_trouble(trouble)
 
 
 def _say(what: str, trouble: str) -> None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
+from tp2d_helpers.speed.agreement import everywhere
+
 try:
     from tp2d_helpers.speed.kernels import OnePassAdamW
 except ImportError:  # Triton comes with PyTorch for GPUs only
@@ -69,7 +71,7 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
         weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(self.real_dp_process_group[i])]
         state["step"] += 1 - infinite
         moments = state["exp_avg"], state["exp_avg_sq"]
-        if OnePassAdamW is None or not masters.is_cuda:
+        if self.one_pass is None or not masters.is_cuda:
             _fused_adamw(gradients, masters, *moments, state["step"], clip, infinite, settings)
             weights.copy_(masters)
             return
@@ -115,4 +117,6 @@ def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
     if type(optimizer) is not DeepSpeedZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
         return
     if not engine.fp16_enabled() and optimizer.single_partition_of_fp32_groups[0].dtype == torch.float32:
-        optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {}
+        # The kernels round differently: with both in a TP group, weights that all ranks hold would drift apart.
+        triton = all(everywhere(OnePassAdamW is not None))
+        optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {} if triton else None

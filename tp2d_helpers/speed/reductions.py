@@ -8,11 +8,12 @@ from the products beside them, and hide nothing (measured: ci/benchmark/README.m
 from __future__ import annotations
 
 import socket
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+
+from tp2d_helpers.speed.agreement import everywhere, first_trouble
 
 OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 ROWS_TO_HALVE = 4096  # from so many on, half a product takes half its time
@@ -92,33 +93,29 @@ def register(group: dist.ProcessGroup) -> None:
 
 
 def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
-    """Let the sums over a group of two GPUs use `PeerCopies`, if these reach each other's memory. Collective.
+    """Let the sums over a group of two GPUs use `PeerCopies`, if all groups' can. Collective over the world.
 
     Args:
         elements: of the largest tensor to sum; larger ones go by NCCL.
 
     Returns:
-        why they can't, the same on both; "" if they do.
+        why they can't, the same on all ranks; "" if they do.
     """
     REDUCERS[group.group_name] = Collectives(group)
-    (host, first), (other, second) = _of_both((socket.gethostname(), torch.cuda.current_device()), group)
-    if host != other or first == second or not torch.cuda.can_device_access_peer(first, second):
-        return f"GPU {first} of {host} and GPU {second} of {other} can't reach each other's memory"
+    (host, first), (other, second) = everywhere((socket.gethostname(), torch.cuda.current_device()), group)
     copies, trouble = None, ""
+    if host != other or first == second or not torch.cuda.can_device_access_peer(first, second):
+        trouble = f"GPU {first} of {host} and GPU {second} of {other} can't reach each other's memory"
+    if trouble := first_trouble(trouble):
+        return trouble
     try:
         copies = PeerCopies(group, elements, dtype)
     except RuntimeError as error:  # a container may forbid what sharing memory needs
         trouble = str(error).splitlines()[0]
-    trouble = next(filter(None, _of_both(trouble, group)), "")
-    if copies and not trouble:
+    trouble = first_trouble(trouble)
+    if not trouble:
         REDUCERS[group.group_name] = copies
     return trouble
-
-
-def _of_both(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    found = [None, None]
-    dist.all_gather_object(found, mine, group=group)
-    return found
 
 
 def row_product(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:

@@ -52,7 +52,7 @@ class WholeReplicas(ElasticScalingPolicy):
         self.patience, self.waiting_since = max(60, config.cluster_wait_seconds), None
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
-        worker = self.scaling_config._resources_per_worker_not_none
+        worker = self.scaling_config.resources_per_worker  # preflight names them all
         groups = 0
         for resources in reserved_resources.values():
             fitting = [resources.get(name, 0.0) / amount for name, amount in worker.items() if amount > 0]
