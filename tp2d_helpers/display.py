@@ -33,7 +33,11 @@ from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.training.metrics import newest_step
 
-SOURCE_STYLE = "color: #212121; padding: 8px; font-family: monospace; font-size: 13px; line-height: 1.3; margin: 0"
+# With a background of its own: that of a dark theme covers the one which the formatter gives to the element around it.
+SOURCE_STYLE = (
+    "color: #212121; background: #f5f5f5; border: 1px solid #d0d0d0; padding: 8px; font-family: monospace; "
+    "font-size: 13px; line-height: 1.3; margin: 0"
+)
 MOST_LINES = 30  # of progress in one launch, however long the run
 
 
@@ -53,7 +57,8 @@ def show_source(*objects: Any) -> None:
     """Display the source of functions or classes, as it is imported: what is read is what runs."""
     source = "\n\n\n".join(textwrap.dedent(inspect.getsource(thing)).rstrip() for thing in objects)
     # Styles stand in the tags, so that the code looks the same in every viewer and theme.
-    html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True, prestyles=SOURCE_STYLE, wrapcode=False))
+    formatter = HtmlFormatter(style="friendly", noclasses=True, prestyles=SOURCE_STYLE, wrapcode=False)
+    html = highlight(source, PythonLexer(), formatter)
     display({"text/html": html, "text/plain": source}, raw=True)
 
 
