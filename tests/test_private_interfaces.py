@@ -1,0 +1,196 @@
+"""What the package uses of other libraries' insides: a test each, which fails by name when a library changes it.
+
+The table in `tests/README.md` says why each is used and what breaks without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from grid import ROOT
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def interface(name: str) -> Callable:
+    """Register a check under the name that the table has."""
+
+    def register(check: Callable[[], None]) -> Callable[[], None]:
+        CHECKS[name] = check
+        return check
+
+    return register
+
+
+def has(thing: Any, *names: str) -> None:
+    """Attributes of a class or module; of a class also those that its methods assign to `self`."""
+    assigned = set()
+    with contextlib.suppress(OSError, TypeError):  # a class in C++, a module
+        assigned = set(re.findall(r"self\.(\w+)\b[^=\n]*=", inspect.getsource(thing)))
+    missing = [name for name in names if not hasattr(thing, name) and name not in assigned]
+    assert not missing, f"{thing} has no {missing}"
+
+
+def takes(function: Callable, *names: str) -> None:
+    """Parameters of a function, in this order at its beginning."""
+    found = list(inspect.signature(function).parameters)
+    assert found[: len(names)] == list(names), f"{function} takes {found}"
+
+
+@interface("ray_constants.ENABLE_RAY_CLUSTER")
+def ray_on_loopback() -> None:
+    from ray._private import ray_constants, services
+
+    has(ray_constants, "ENABLE_RAY_CLUSTER")
+    assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
+
+
+@interface("TorchTrainer._initialize_and_run_controller")
+def ray_controller() -> None:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.controller import TrainController
+
+    assert "_initialize_and_run_controller" in inspect.getsource(TorchTrainer.fit)
+    assert {"failure_policy", "scaling_policy"} <= set(inspect.signature(TrainController.__init__).parameters)
+
+
+@interface("DefaultFailurePolicy._is_retryable_error")
+def ray_failure_policy() -> None:
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
+
+    takes(DefaultFailurePolicy._is_retryable_error, "self", "training_failed_error")
+
+
+@interface("ElasticScalingPolicy._count_possible_workers")
+def ray_scaling_policy() -> None:
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
+
+    takes(ElasticScalingPolicy._count_possible_workers, "self", "reserved_resources")
+    has(ElasticScalingPolicy, "make_decision_for_non_running_worker_group")
+    assert inspect.isclass(NoopDecision)
+
+
+@interface("checkpoint_manager_snapshot.json")
+def ray_snapshot() -> None:
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+        _CheckpointManagerState,
+        _TrainingResultState,
+    )
+
+    assert {"checkpoint_dir_name", "metrics"} <= set(_TrainingResultState.model_fields)
+    needed = {"ray_version", "checkpoint_results", "latest_checkpoint_result", "checkpoint_report_indices"}
+    assert needed <= set(_CheckpointManagerState.model_fields)
+
+
+@interface("deepspeed.ops.__compatible_ops__")
+def deepspeed_ops() -> None:
+    import deepspeed.ops
+
+    has(deepspeed.ops, "__compatible_ops__")
+
+
+@interface("module_inject.layers")
+def deepspeed_layers() -> None:
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, TensorParallel_Layer, VocabParallelLinear
+
+    has(TensorParallel_Layer, "mp_group", "is_tp_parallel")
+    has(VocabParallelLinear, "vocab_start_index")
+    assert issubclass(LinearLayer, TensorParallel_Layer) and issubclass(LinearAllreduce, TensorParallel_Layer)
+
+
+@interface("DeepSpeedZeroOptimizer's attributes")
+def deepspeed_zero() -> None:
+    from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+
+    has(
+        DeepSpeedZeroOptimizer, "micro_step_id", "_global_grad_norm", "overflow", "clip_grad", "bit16_groups",
+        "free_grad_in_param_list", "params_not_in_partition", "params_in_partition", "averaged_gradients",
+        "all_grad_tensors", "_lazy_init_hp_params_optimizer_state", "bit16_groups_flat", "real_dp_process_group",
+        "parallel_partitioned_bit16_groups", "nccl_start_alignment_factor", "allgather_bucket_size",
+        "dp_process_group", "_model_parallel_all_reduce", "model_parallel_rank", "single_partition_of_fp32_groups",
+        "reduce_ready_partitions_and_remove_grads",
+    )  # fmt: skip
+    assert "groups_flat" in inspect.signature(all_gather_dp_groups).parameters
+    takes(is_model_parallel_parameter, "p")
+    assert isinstance(INITIAL_MICRO_STEP_ID, int)
+
+
+@interface("engine.checkpoint_engine")
+def deepspeed_checkpoint_engine() -> None:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    assert "self.checkpoint_engine.save(" in inspect.getsource(DeepSpeedEngine)
+    takes(TorchCheckpointEngine.save, "self", "state_dict", "path")
+    takes(TorchCheckpointEngine.load, "self", "path", "map_location")
+
+
+@interface("ds_to_universal.main")
+def deepspeed_universal() -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    takes(ds_to_universal.main, "args")
+    asked = set(re.findall(r"args\.(\w+)", inspect.getsource(ds_to_universal)))
+    assert asked <= {
+        "input_folder", "output_folder", "num_extract_workers", "num_merge_workers", "keep_temp_folder", "strict",
+        "inject_missing_state",
+    }  # fmt: skip
+
+
+@interface("ds_shape")
+def deepspeed_stage_3() -> None:
+    from deepspeed.runtime.zero import partition_parameters
+
+    assert "param.ds_shape = param.shape" in inspect.getsource(partition_parameters)
+
+
+@interface("torch.distributed._symmetric_memory")
+def torch_symmetric_memory() -> None:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    has(symmetric_memory, "empty", "rendezvous", "_SymmetricMemory")
+    has(symmetric_memory._SymmetricMemory, "stream_write_value32", "wait_signal", "get_buffer", "get_signal_pad")
+
+
+@interface("torch._foreach_norm")
+def torch_foreach_norm() -> None:
+    """With a dtype to compute in, which `torch.nn.utils.get_total_norm` lacks: it rounds to 33.5 here."""
+    ones = [torch.full((1100,), 1 + 2**-7, dtype=torch.bfloat16)]
+    exact = 1100**0.5 * (1 + 2**-7)  # 33.43
+    assert torch._foreach_norm(ones, 2, dtype=torch.float32)[0].item() == pytest.approx(exact, rel=2e-4)
+    assert torch.nn.utils.get_total_norm(ones).item() != pytest.approx(exact, rel=2e-4)
+
+
+@interface("masking_utils")
+def transformers_masks() -> None:
+    from transformers import masking_utils
+
+    takes(masking_utils.find_packed_sequence_indices, "position_ids")
+    assert callable(masking_utils.is_tracing)
+    for name in ("find_packed_sequence_indices(", "is_tracing("):  # called as the module's, so that ours is what runs
+        assert inspect.getsource(masking_utils).count(name) > 1
+
+
+@interface("_render_traceback_")
+def ipython_traceback() -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    assert "_render_traceback_" in inspect.getsource(InteractiveShell.showtraceback)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interface(name: str) -> None:
+    CHECKS[name]()
+
+
+def test_the_table_names_them_all() -> None:
+    text = (ROOT / "tests/README.md").read_text()
+    table = text[text.index("## Private interfaces") :]
+    assert set(re.findall(r"^\| `([^`]+)` \|", table, re.M)) == set(CHECKS)
