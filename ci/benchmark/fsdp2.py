@@ -3,7 +3,8 @@
 - Each block gathers its input once (sequence parallel), or reduces the gradient of its input once (without).
 - The head's output stays divided by vocabulary, and the loss is computed on the parts (`loss_parallel`).
 - Decoder layers are compiled; AdamW is fused; masters are fp32, the computation is bf16.
-- Gradients are reduced, and weights resharded, at the last micro-batch only.
+- Gradients are reduced, and weights resharded, at the last micro-batch only. They are accumulated and reduced in fp32,
+  or in bf16 as this package's engine does.
 - The model is built on the meta device, and each rank allocates its own shards only.
 """
 
@@ -63,9 +64,16 @@ def apply_tp(model: torch.nn.Module, mesh: DeviceMesh, sequence_parallel: bool) 
         parallelize_module(layer, mesh, layer_plan)
 
 
-def apply_fsdp(model: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """Divide fp32 masters over the DP mesh, a group per layer; `dtype` is that of the computation, None for fp32."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+def apply_fsdp(
+    model: torch.nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None, gradients: torch.dtype | None
+) -> None:
+    """Divide fp32 masters over the DP mesh, a group per layer.
+
+    Args:
+        dtype: of the computation, None for fp32.
+        gradients: in which they are accumulated and reduced, None for `dtype`.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=gradients)
     for module in [*model.model.layers, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
@@ -116,7 +124,8 @@ class Peer:
             self.attention.__enter__()
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
-        apply_fsdp(self.model, self.mesh["dp"], torch.bfloat16 if cuda else None)
+        wide = torch.float32 if cuda and job["gradients"] == "fp32" else None
+        apply_fsdp(self.model, self.mesh["dp"], torch.bfloat16 if cuda else None, wide)
         initialise(self.model, self.device, rank)
         self.model.train()
         self.positions = torch.arange(job["seq"], device=self.device)[None]

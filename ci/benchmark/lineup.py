@@ -21,7 +21,9 @@ def labels(job: dict[str, Any]) -> str:
     if job["activation_checkpointing"] != "none":
         parts.append(f"checkpointing {job['activation_checkpointing']}")
     if job["sync"] != "last":
-        parts.append("reduced each micro-batch")
+        parts.append("reduced at each micro-batch")
+    if job["kind"] == "fsdp2":
+        parts.append(f"gradients in {job.get('gradients', 'fp32')}")  # results of before have no such key
     return ", ".join(parts)
 
 
@@ -34,6 +36,7 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     gpus = options.gpus
     job: dict[str, Any] = dict(
         name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
+        gradients="bf16",
         activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="",
         shape=options.shape, steps=options.steps, warmup=options.warmup, profile=name in options.profile,
     )  # fmt: skip
@@ -49,8 +52,9 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         job |= dict(kind="fsdp2", sequence_parallel=name in ("fsdp2_sp", "fsdp2_async"), async_tp=name == "fsdp2_async")
         job |= dict(tp=1, dp=gpus) if name == "fsdp2_dp" else {}
         return [
-            batch(job | {"sync": sync}, size, options.global_batch)
+            batch(job | {"sync": sync, "gradients": gradients}, size, options.global_batch)
             for sync in options.fsdp2_sync
+            for gradients in options.fsdp2_gradients
             for size in (options.data_parallel_micro_batch if name == "fsdp2_dp" else options.peer_micro_batch)
         ]
     if name.startswith("dp_zero"):

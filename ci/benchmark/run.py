@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--optimizations", default="auto", help='of ours: "auto", "none" or names joined by +; several by commas')
     add("--activation-checkpointing", default="none", help="of ours")
     add("--fsdp2-sync", type=names, default=["last"], help="reduce gradients at the last micro-batch, or at each")
+    add("--fsdp2-gradients", type=names, default=["bf16", "fp32"], help="to accumulate and reduce in; bf16: as ours")
     add("--only", type=names, default=list(DEFAULT), help=f"of {', '.join(DEFAULT + ALSO)}")
     add("--profile", type=names, default=[], help="candidates to trace one step of")
     add("--template", type=Path, help="the published template's notebook")
