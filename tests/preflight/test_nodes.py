@@ -29,6 +29,7 @@ from grid import ROOT, run_grid
 
 from tp2d_helpers.config import Config, make_config
 from tp2d_helpers.demo import demo_model
+from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight import cluster as ray_cluster
 from tp2d_helpers.preflight.plan import preflight
 from tp2d_helpers.training.metrics import read_metrics
@@ -210,7 +211,7 @@ def test_a_tp_group_that_spans_nodes_is_told(run: SimpleNamespace) -> None:
 def test_tp_groups_that_span_nodes(monkeypatch: pytest.MonkeyPatch, counts: list[int], spanning: str | None) -> None:
     monkeypatch.setattr(ray_cluster, "_alive", lambda: [{}, {}])
     config = make_config(**SETTINGS).change(model_name=str(demo_model()), gradient_accumulation_steps=2)
-    [(_, found, chosen)] = ray_cluster.describe_placement(config, counts)
+    [(_, found, chosen)] = ray_cluster.describe_placement(config, ModelFacts.read(config.model_name), counts)
     assert found.endswith(f": {' + '.join(map(str, counts))} workers")
     assert chosen.startswith(f"{spanning} nodes: 2.4 MB" if spanning else "each TP group within a node")
 
