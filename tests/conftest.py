@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, 
 import grid  # noqa: E402
 import torch  # noqa: E402
 
+from tp2d_helpers.cache import build_once, cache_dir  # noqa: E402
 from tp2d_helpers.config import make_config  # noqa: E402
-from tp2d_helpers.demo import build_model, build_once, cache_dir  # noqa: E402
+from tp2d_helpers.demo import build_model  # noqa: E402
 from tp2d_helpers.training.metrics import read_metrics  # noqa: E402
 
 TINY = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tp2d_helpers.demo import SHAPES, build_model, build_once
+from tp2d_helpers.cache import build_once
+from tp2d_helpers.demo import SHAPES, build_model
 
 ROWS = 8000  # of text, if the standard library has as many
 LENGTHS = (80, 1200)  # characters of a row, as most paragraphs of WikiText have

@@ -19,8 +19,8 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tp2d_helpers
+from tp2d_helpers.cache import cache_dir
 from tp2d_helpers.config import Config, ConfigError, reason
-from tp2d_helpers.demo import cache_dir
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import tp_bytes

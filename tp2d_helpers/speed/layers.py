@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tp2d_helpers.demo import cache_dir
+from tp2d_helpers.cache import cache_dir
 from tp2d_helpers.speed import reductions
 
 
