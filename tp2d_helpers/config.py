@@ -45,6 +45,7 @@ class Config(BaseModel):
     dataset_name: Name = "auto"
     dataset_config: str = ""
     text_column: Name = "text"
+    text_files: Literal["document", "paragraph"] = "document"
     dataset_percentage: Annotated[float, Field(gt=0, le=100)] = 100.0
     packing: bool = True
     trust_remote_code: bool = False

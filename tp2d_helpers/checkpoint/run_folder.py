@@ -19,8 +19,8 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
-IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "packing",
-            "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
+IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
+            "packing", "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
 RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"

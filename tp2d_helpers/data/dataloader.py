@@ -28,31 +28,77 @@ class TokenDataset(Dataset):
     Packed, sample i is tokens [i·S, (i+1)·S): every position is a real token, and the last, incomplete block is left
     out. Padded, sample i is the first S tokens of document i, and the rest of its S positions is padding; documents
     of one token are left out, as they have nothing to predict.
+
+    The first `samples` are to train on. `eval_samples` more are held out: they are of the last documents, of which
+    training sees no part and no copy.
+
+    Raises:
+        ConfigError: if the documents are too few, or too much alike, to hold samples out.
     """
 
-    def __init__(self, folder: Path, seq_length: int, packing: bool = True) -> None:
-        self.seq_length, self.packing = seq_length, packing
+    def __init__(self, folder: Path, seq_length: int, packing: bool = True, eval_samples: int = 0) -> None:
+        self.seq_length, self.packing, self.eval_samples = seq_length, packing, eval_samples
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-        self.pad = json.loads((folder / "meta.json").read_text())["pad"]
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.pad = self.meta["pad"]
         offsets = np.load(folder / "offsets.npy")
+        sizes = np.diff(offsets)
+        trained, held_out = len(sizes), np.zeros(0, dtype=np.int64)
+        if eval_samples:
+            share, enough = (sizes, eval_samples * seq_length) if packing else (sizes > 1, eval_samples)
+            trained, held_out = hold_out(np.load(folder / "first.npy"), share, enough, eval_samples)
         if packing:
-            self.starts = np.arange(len(self.tokens) // seq_length, dtype=np.int64) * seq_length
+            self.starts = np.arange(offsets[trained] // seq_length, dtype=np.int64) * seq_length
             self.lengths = np.full(len(self.starts), seq_length, dtype=np.int64)
+            self.samples = len(self.starts)
+            self.ends, self.shifts = sizes[held_out].cumsum(), offsets[held_out + 1]
         else:
-            whole = np.diff(offsets)
-            self.starts = offsets[:-1][whole > 1]
-            self.lengths = np.minimum(whole[whole > 1], seq_length)
+            documents, held_out = np.flatnonzero(sizes[:trained] > 1), held_out[sizes[held_out] > 1][:eval_samples]
+            self.samples, documents = len(documents), np.concatenate([documents, held_out])
+            self.starts, self.lengths = offsets[documents], np.minimum(sizes[documents], seq_length)
+        self.held_out = len(held_out)  # documents
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return self.samples + self.eval_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `labels`, int64 [seq_length]; the labels of padding are `IGNORED`."""
-        start, length = self.starts[index], self.lengths[index]
-        tokens = torch.from_numpy(self.tokens[start : start + length].astype(np.int64))
-        padding = (0, self.seq_length - int(length))
+        if index < len(self.starts):
+            places = slice(self.starts[index], self.starts[index] + self.lengths[index])
+        else:  # packed and held out: from documents that need not be neighbours
+            places = np.arange(self.seq_length) + (index - self.samples) * self.seq_length
+            document = np.searchsorted(self.ends, places, side="right")
+            places += self.shifts[document] - self.ends[document]
+        tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
+        padding = (0, self.seq_length - len(tokens))
         input_ids = torch.nn.functional.pad(tokens, padding, value=self.pad)
         return {"input_ids": input_ids, "labels": torch.nn.functional.pad(tokens, padding, value=IGNORED)}
+
+
+def hold_out(first: np.ndarray, share: np.ndarray, enough: int, eval_samples: int) -> tuple[int, np.ndarray]:
+    """Which documents to train on and which to hold out: the last ones, whole, and as few as will do.
+
+    Args:
+        first: int64 [documents], for each the first one with the same text.
+        share: [documents], how much of the held-out samples each would give.
+        enough: how much `eval_samples` of them need.
+
+    Returns:
+        n, the number of documents to train on, and which of those after them repeat none of these.
+
+    Raises:
+        ConfigError: if nothing would be left to train on.
+    """
+    # Held out from n on, a document counts if its text comes first at n or later: its share belongs to `first`.
+    from_here = np.bincount(first, weights=share, minlength=len(first))[::-1].cumsum()[::-1]
+    n = int(np.count_nonzero(from_here >= enough)) - 1
+    if n < 1:
+        raise ConfigError(
+            f"eval_samples = {eval_samples}: held-out samples must come from documents that training does not see, and "
+            f"none of the {len(first)} ({len(np.unique(first))} different) would be left to train on. Take fewer "
+            "samples (0 holds none out), or more documents: text_files = 'paragraph' divides .txt files"
+        )
+    return n, n + np.flatnonzero(first[n:] >= n)
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -113,16 +159,16 @@ def create_dataloader(
 
     Args:
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
-        eval_samples: keep the last so many samples of the dataset for `evaluate`.
-        source: `dataset_config`, `text_column` and `trust_remote_code`, as for `prepare_tokens`.
+        eval_samples: hold out so many samples for `evaluate`, of documents that training does not see.
+        source: `dataset_config`, `text_column`, `text_files` and `trust_remote_code`, as for `prepare_tokens`.
 
     Raises:
         ConfigError: if the dataset is smaller than one global batch, or can't be tokenised.
     """
     folder = prepare_tokens(model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source)
-    dataset = TokenDataset(folder, seq_length, packing)
-    samples = max(len(dataset) - eval_samples, 0)
-    sampler = GlobalBatchSampler(samples, batch_size_per_gpu, gradient_accumulation_steps, dp_rank, dp_size, seed)
+    dataset = TokenDataset(folder, seq_length, packing, eval_samples)
+    accumulation, samples = gradient_accumulation_steps, dataset.samples
+    sampler = GlobalBatchSampler(samples, batch_size_per_gpu, accumulation, dp_rank, dp_size, seed)
     if not sampler.steps_per_epoch:
         raise ConfigError(f"{samples} samples are fewer than one global batch of {sampler.global_batch}")
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
@@ -152,7 +198,7 @@ def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Te
 
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that `create_dataloader` takes."""
-    names = ("model_name", "dataset_name", "dataset_config", "text_column", "dataset_percentage", "trust_remote_code",
-             "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps", "dp_size", "seed",
-             "debug_steps", "eval_samples")  # fmt: skip
+    names = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
+             "trust_remote_code", "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps",
+             "dp_size", "seed", "debug_steps", "eval_samples")  # fmt: skip
     return {name: config[name] for name in names}

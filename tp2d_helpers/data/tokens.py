@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -14,44 +16,14 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from tp2d_helpers.cache import build_once, cache_dir, clear_cache
 from tp2d_helpers.config import ConfigError, reason
-from tp2d_helpers.demo import build_once, cache_dir, demo_documents
+from tp2d_helpers.data.files import stamp
+from tp2d_helpers.data.text import load_text
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-DEFAULT_CONFIGS = {"wikitext": "wikitext-2-raw-v1", "Salesforce/wikitext": "wikitext-2-raw-v1"}
-
-
-def load_text(dataset_name: str, dataset_config: str = "", dataset_percentage: float = 100.0) -> datasets.Dataset:
-    """Load the train split: "demo", a local file or folder (jsonl, json, csv, parquet, txt), or a hub id.
-
-    Raises:
-        ConfigError: if it can't be read, or is neither local nor in the cache while the hub can't be reached.
-    """
-    text = _load_all(dataset_name, dataset_config)
-    # Not by a split such as "train[:10%]": `datasets` takes whole percents only.
-    return text.select(range(round(len(text) * dataset_percentage / 100)))
-
-
-def _load_all(dataset_name: str, dataset_config: str) -> datasets.Dataset:
-    path = Path(dataset_name).expanduser()
-    if dataset_name == "demo":
-        return datasets.Dataset.from_dict({"text": demo_documents()})
-    try:
-        if path.is_file():
-            if path.suffix not in LOADERS:
-                raise ConfigError(f"dataset_name = {dataset_name!r}: a local file must be one of {', '.join(LOADERS)}")
-            return datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-        if not path.exists() and dataset_name.startswith((".", "/", "~")):
-            raise ConfigError(f"dataset_name = {dataset_name!r}: no such file or folder")
-        name = dataset_config or DEFAULT_CONFIGS.get(dataset_name)
-        return datasets.load_dataset(str(path) if path.is_dir() else dataset_name, name, split="train")
-    except ConfigError:
-        raise
-    except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
-        raise ConfigError(
-            f"dataset_name = {dataset_name!r}: can't be loaded ({reason(error)}). "
-            'Without a way to the hub, take "demo" or the path of a local file or folder.'
-        ) from error
+LAYOUT = 2  # of the folder that `prepare_tokens` makes; another one is not taken for it
+CHARACTERS = 500_000  # that the tokenizer is given at once; it needs about 500 bytes for each
+CONTEXT = 200  # characters on both sides of a part of a document, so that it is tokenized as in the whole
 
 
 def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
@@ -83,30 +55,24 @@ def prepare_tokens(
     dataset_percentage: float = 100.0,
     trust_remote_code: bool = False,
     progress: bool = True,
+    text_files: str = "document",
 ) -> Path:
-    """Tokenise a dataset into the cache, once per node, and return the folder.
+    """Tokenise a dataset into the cache, once per node, and return the folder, which `tokenize` describes.
 
-    The folder holds `tokens.bin` (uint32, all documents end to end, each closed by the end-of-text token),
-    `offsets.npy` (int64 [documents + 1], where each begins) and `meta.json`.
+    Before a new one is made, the cache is rid of what nobody will use again (`clear_cache`).
 
     Raises:
         ConfigError: for a dataset that can't be loaded, lacks the column, or has no text in it.
     """
-    versions = [transformers.__version__, platform.python_version()]  # the demo's text comes with Python
-    request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, *versions]
-    stamps = [_stamp(Path(name).expanduser()) for name in (model_name, dataset_name)]
+    versions = [LAYOUT, transformers.__version__, platform.python_version()]  # the demo's text comes with Python
+    request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, text_files, *versions]
+    stamps = [stamp(Path(name).expanduser()) for name in (model_name, dataset_name)]
     key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
-        """Check the column and tokenise it; called if the cache hasn't got the folder."""
-        text = load_text(dataset_name, dataset_config, dataset_percentage)
-        if text_column not in text.column_names:
-            raise ConfigError(
-                f"text_column = {text_column!r}: {dataset_name!r} has no such column; it has {text.column_names}"
-            )
-        kind = getattr(text.features[text_column], "dtype", type(text.features[text_column]).__name__)
-        if "string" not in kind and kind != "null":
-            raise ConfigError(f"text_column = {text_column!r}: it must hold text, and in {dataset_name!r} it is {kind}")
+        """Load and tokenise; called if the cache hasn't got the folder."""
+        clear_cache()
+        text = load_text(dataset_name, dataset_config, dataset_percentage, text_column, text_files)
         tokenize(text.select_columns([text_column]), load_tokenizer(model_name, trust_remote_code), folder, progress)
 
     return build_once(cache_dir() / f"tokens-{key}", build)
@@ -115,33 +81,99 @@ def prepare_tokens(
 def tokenize(
     text: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, progress: bool = True
 ) -> None:
-    """Write the tokens of a one-column dataset into `folder`, as `prepare_tokens` describes them.
+    """Write the tokens of a one-column dataset into `folder`. The memory it takes does not depend on the text's size.
+
+    - `tokens.bin`: uint32, all documents end to end, each closed by the end-of-text token. Rows without text are none.
+    - `offsets.npy`: int64 [documents + 1], where each begins.
+    - `first.npy`: int64 [documents], the first document with the same text: its own number, if it repeats none.
+    - `meta.json`: the numbers of rows, documents and tokens, the pad token and the highest token.
 
     Raises:
         ConfigError: if no document has any text.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-    lengths: list[int] = []
+    offsets, digests, highest = array("q", [0]), array("Q"), end
     bar = tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1)
     with bar, open(folder / "tokens.bin", "wb") as file:
-        for batch in text.iter(batch_size=1000):
-            documents = next(iter(batch.values()))
-            bar.update(len(documents))
-            documents = [document for document in documents if document and document.strip()]
-            if not documents:
-                continue
-            # Specials are off: the end-of-text token below is the only separator, whatever the tokenizer adds.
-            for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-                file.write(np.asarray([*ids, end], dtype=np.uint32).tobytes())
-                lengths.append(len(ids) + 1)
-    if not lengths:
+        for documents in _batches(text, bar):
+            digests.extend(_digest(document) for document in documents)
+            for parts in _encode(documents, tokenizer):
+                length = 0
+                for ids in itertools.chain(parts, [[end]]):
+                    tokens = np.asarray(ids, dtype=np.uint32)
+                    file.write(tokens.tobytes())
+                    length, highest = length + len(tokens), max(highest, int(tokens.max(initial=0)))
+                offsets.append(offsets[-1] + length)
+    if not digests:
         raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    np.save(folder / "offsets.npy", np.asarray(offsets))
+    _, firsts, which = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
+    np.save(folder / "first.npy", firsts[which])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    (folder / "meta.json").write_text(json.dumps({"documents": len(lengths), "tokens": sum(lengths), "pad": pad}))
+    counts = {"rows": len(text), "documents": len(digests), "tokens": offsets[-1]}
+    (folder / "meta.json").write_text(json.dumps({**counts, "pad": pad, "highest": highest}))
 
 
-def _stamp(path: Path) -> list[Any]:
-    """What changes when a local file or folder changes: names, sizes and times of what it holds."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
+def _digest(document: str) -> int:
+    return int.from_bytes(hashlib.blake2b(document.strip().encode(errors="replace"), digest_size=8).digest(), "big")
+
+
+def _batches(text: datasets.Dataset, bar: tqdm) -> Iterator[list[str]]:
+    """The rows that have text, `CHARACTERS` or a single row at a time."""
+    batch, size = [], 0
+    for rows in text.with_format("arrow").iter(batch_size=1000):  # a view of the file: no text is held yet
+        for row in rows.column(0):
+            bar.update()
+            document = row.as_py()
+            if not document or not document.strip():
+                continue
+            if size + len(document) > CHARACTERS and batch:
+                yield batch
+                batch, size = [], 0
+            batch.append(document)
+            size += len(document)
+    if batch:
+        yield batch
+
+
+def _encode(documents: list[str], tokenizer: transformers.PreTrainedTokenizerBase) -> Iterator[Iterator[list[int]]]:
+    """The token ids of each document, in parts."""
+    if len(documents) == 1:
+        yield _encode_long(documents[0], tokenizer)
+        return
+    # Specials are off: the end-of-text token is the only separator, whatever the tokenizer adds.
+    for ids in tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
+        yield iter([ids])
+
+
+def _encode_long(document: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The token ids of a document in parts of about `CHARACTERS`: those of the whole.
+
+    A part begins where a token does, and is tokenized together with the `CONTEXT` around it. A tokenizer that can't say
+    where its tokens begin ("slow") gets parts that end with a line.
+    """
+    begin, options = 0, dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+    while begin < len(document):
+        if not tokenizer.is_fast:
+            line = document.rfind("\n", begin, begin + CHARACTERS) + 1
+            end = len(document) if len(document) <= begin + CHARACTERS else line or begin + CHARACTERS
+            yield tokenizer(document[begin:end], **options)["input_ids"]
+        else:
+            end, left = _cut(document, begin + CHARACTERS, tokenizer), max(0, begin - CONTEXT)
+            found = tokenizer(document[left : end + CONTEXT], return_offsets_mapping=True, **options)
+            starts = [left + start for start, _ in found["offset_mapping"]]  # of spaces alone, it can be their end
+            last = end + (end == len(document))
+            yield [token for token, start in zip(found["input_ids"], starts, strict=True) if begin <= start < last]
+        begin = end
+
+
+def _cut(document: str, near: int, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
+    """The first place from `near` on where a token begins, however much of the text before it is looked at."""
+    if near >= len(document):
+        return len(document)
+    starts = []
+    for left in (near - CONTEXT, near - CONTEXT // 2):
+        window = document[left : near + 2 * CONTEXT]
+        found = tokenizer(window, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts.append({left + start for start, _ in found["offset_mapping"]})
+    return min((start for start in starts[0] & starts[1] if start >= near), default=near)

@@ -13,9 +13,11 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from packaging.version import Version
 
+from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
 from tp2d_helpers.checkpoint.run_folder import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
+from tp2d_helpers.data.files import local_files
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
@@ -123,41 +125,43 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, str, str]:
     """(steps per epoch, what the data is, how it is cut). Tokenises it if this node hasn't yet.
 
     Raises:
-        ConfigError: if it can't be read, is smaller than one global batch, or has tokens that the model doesn't know.
+        ConfigError: if it can't be read, is smaller than one global batch, has tokens that the model doesn't know, or
+            has no documents to hold out.
     """
-    folder = prepare_tokens(
-        config.model_name,
-        config.dataset_name,
-        config.dataset_config,
-        config.text_column,
-        config.dataset_percentage,
-        config.trust_remote_code,
-    )
-    data, size = TokenDataset(folder, config.seq_length, config.packing), config.global_batch_size
+    names = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
+             "trust_remote_code")  # fmt: skip
+    removed = clear_cache()
+    folder = prepare_tokens(**{name: getattr(config, name) for name in names})
+    data, size = TokenDataset(folder, config.seq_length, config.packing, config.eval_samples), config.global_batch_size
     kind = "packed" if config.packing else "padded"
-    if len(data) - config.eval_samples < size:
-        held_out = f", {config.eval_samples} of them held out (eval_samples)" if config.eval_samples else ""
+    if data.samples < size:
+        held_out = f" and {config.eval_samples} held out (eval_samples)" if config.eval_samples else ""
         raise ConfigError(
-            f"dataset_name = {config.dataset_name!r}: {len(data)} {kind} samples of {config.seq_length} tokens "
+            f"dataset_name = {config.dataset_name!r}: {data.samples} {kind} samples of {config.seq_length} tokens "
             f"({len(data.tokens):,} tokens in all){held_out}, fewer than one global batch of {size} "
             f"(batch_size_per_gpu {config.batch_size_per_gpu} × dp_size {config.dp_size} × "
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}). Take a smaller one, shorter samples "
             "or more data."
         )
-    highest = max(int(data.tokens.max()), 0 if config.packing else data.pad)
+    highest = max(data.meta["highest"], 0 if config.packing else data.pad)
     if highest >= model.vocabulary:
         raise ConfigError(
             f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has "
             f"{model.vocabulary} ids; "
             "take the tokenizer that belongs to the model, or resize the model's embeddings"
         )
-    steps = GlobalBatchSampler(len(data) - config.eval_samples, size, 1, 0, 1, config.seed).steps_per_epoch
+    steps = GlobalBatchSampler(data.samples, size, 1, 0, 1, config.seed).steps_per_epoch
     steps = min(steps, config.debug_steps or steps)
-    return (
-        steps,
-        f"{config.dataset_name}: {len(data.tokens):,} tokens, {len(data):,} {kind} samples of {config.seq_length}",
-        f"{steps} steps per epoch, {size} samples each",
-    )
+    files, empty = local_files(config.dataset_name, config.dataset_config), data.meta["rows"] - data.meta["documents"]
+    found = [str(files)] if files else []
+    found += [f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else []
+    found += [f"{len(data.tokens):,} tokens", f"{len(data):,} {kind} samples of {config.seq_length}"]
+    chosen = [f"{steps} steps per epoch, {size} samples each"]
+    if config.eval_samples:
+        chosen.append(f"{config.eval_samples} samples held out, of {data.held_out} documents")
+    if removed:
+        chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
+    return steps, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
 
 
 def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:

@@ -1,0 +1,72 @@
+"""A dataset → rows of text: the demo, local files, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+
+from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.files import local_files, stamp
+from tp2d_helpers.data.readers import no_column, read_rows
+from tp2d_helpers.demo import demo_documents
+
+DEFAULT_CONFIGS = {"wikitext": "wikitext-2-raw-v1", "Salesforce/wikitext": "wikitext-2-raw-v1"}
+
+
+def load_text(
+    dataset_name: str,
+    dataset_config: str = "",
+    dataset_percentage: float = 100.0,
+    text_column: str = "text",
+    text_files: str = "document",
+) -> datasets.Dataset:
+    """Load the train split: "demo", a local file or folder, or a hub id. It has a column `text_column` of text.
+
+    Args:
+        text_files: "document" makes a .txt file one row, "paragraph" one row for each of its blocks between blank
+            lines. Line ends within a row stay as they are.
+
+    Raises:
+        ConfigError: if it can't be read, lacks the column, or is neither local nor in the cache while the hub can't be
+            reached.
+    """
+    try:
+        if dataset_name == "demo":
+            text = datasets.Dataset.from_dict({"text": demo_documents()})
+        elif files := local_files(dataset_name, dataset_config):
+            text = _load_files(files.used, text_column, text_files)
+        else:
+            text = _load_from_hub(dataset_name, dataset_config, text_files)
+    except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
+        known = next((e for e in (error, error.__cause__) if isinstance(e, ConfigError)), None)
+        raise known or ConfigError(
+            f"dataset_name = {dataset_name!r}: can't be loaded ({reason(error)}). "
+            'Without a way to the hub, take "demo" or the path of a local file or folder.'
+        ) from error
+    if text_column not in text.column_names:
+        raise no_column(text_column, repr(dataset_name), text.column_names)
+    kind = getattr(text.features[text_column], "dtype", type(text.features[text_column]).__name__)
+    if "string" not in kind and kind != "null":
+        raise ConfigError(f"text_column = {text_column!r}: it must hold text, and in {dataset_name!r} it is {kind}")
+    # Not by a split such as "train[:10%]": `datasets` takes whole percents only.
+    return text.select(range(round(len(text) * dataset_percentage / 100)))
+
+
+def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> datasets.Dataset:
+    name = dataset_config or DEFAULT_CONFIGS.get(dataset_name)
+    builder = datasets.load_dataset_builder(dataset_name, name)
+    by_row = {"sample_by": text_files} if hasattr(builder.config, "sample_by") else {}  # a dataset of .txt files
+    return datasets.load_dataset(dataset_name, name, split="train", **by_row)
+
+
+def _load_files(files: list[Path], text_column: str, text_files: str) -> datasets.Dataset:
+    """The rows of local files, copied once into the cache of `datasets`, from where they are memory-mapped."""
+    features = datasets.Features({text_column: datasets.Value("large_string")})
+    stamps = stamp(*files)  # a part of the cache's key
+    return datasets.Dataset.from_generator(
+        read_rows,
+        features=features,
+        gen_kwargs=dict(files=[str(file) for file in files], text_column=text_column, how=text_files, stamps=stamps),
+        writer_batch_size=16,  # rows that are held in memory, whatever their size
+    )
