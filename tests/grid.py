@@ -6,6 +6,7 @@ from a server that has imported everything once, so a 2×2 run of a tiny model t
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -51,6 +52,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THR
 
 
 UPLOADS: list[threading.Thread] = []  # of checkpoints, in a worker
+BARRIERS = itertools.count()
 FAIL: list[Callable[[str], None]] = []  # ends a worker with an error, from any thread
 
 
@@ -144,7 +146,7 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
         torch.set_num_threads(1)
         # On a CPU without instructions for fp16 DeepSpeed refuses it; PyTorch computes in it all the same.
         CPU_Accelerator.is_fp16_supported = lambda self: True
-        LocalTrainFnUtils.report = _upload
+        LocalTrainFnUtils.report, LocalTrainFnUtils.barrier = _upload, _barrier
 
         def fail(trace: str) -> None:
             writer.send_bytes(pickle.dumps((True, trace)))
@@ -179,6 +181,15 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
     writer.close()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed and gloo threads may not end by themselves
+
+
+def _barrier(self: Any) -> None:
+    """What Ray Train's barrier does in a cluster and leaves out in local mode: wait for all, however long it takes."""
+    store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    name = f"barrier-{next(BARRIERS)}"
+    store.add(name, 1)
+    while store.add(name, 0) < world:
+        time.sleep(0.01)
 
 
 def _upload(self: Any, metrics: dict, checkpoint: Any, checkpoint_upload_fn: Callable, **mode: Any) -> None:

@@ -9,7 +9,7 @@ A folder per section of the notebook. Each stands only on those named after it (
     model        the grid of ranks, the sharding plan, the engine
     speed        what makes a step faster without changing its result
     data         text → tokens → the batches of one DP rank; evaluation
-    config, demo, startup
+    config, cache, demo, startup, heartbeat
 
 The names in `PUBLIC` can be imported from here. Nothing is loaded before it is asked for.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tp2d_helpers import IMPORTED
+from tp2d_helpers import IMPORTED, heartbeat
 
 _ends: list[tuple[str, float]] = []
 _finished = False
@@ -19,6 +19,8 @@ def mark(phase: str) -> None:
     """A phase of this worker's start has ended now."""
     if not _finished:
         _ends.append((phase, time.time()))
+        if heartbeat.here().starting:
+            heartbeat.mark(f"the start, after {phase!r}", starting=True)
 
 
 def finished() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from grid import fork_context
 
+from tp2d_helpers import heartbeat
 from tp2d_helpers.checkpoint.files import read_json, write_json
 from tp2d_helpers.training.watchdog import Watchdog, name_ranks
 
@@ -21,22 +22,33 @@ WORLD = 3
 LIMIT = 30  # seconds that anything here may take
 
 
-def worker(folder: str, rank: int, sleeper: int | None, stops_at: int | None, steps: int, naps: int) -> None:
+def worker(
+    folder: str, rank: int, sleeper: int | None, stops_at: int | None, steps: int, naps: int, busy: int | None, how: str
+) -> None:
     """A training loop with a barrier of files, in which the ranks of a step wait for each other.
 
     Args:
         sleeper: this rank sleeps for ever in its batch of step `stops_at`; None: nobody.
         stops_at: with no sleeper, no rank comes back from this step; None: all finish.
         naps: a batch takes, in units of 0.3 s.
+        busy: this rank takes 2.5 times the patience before its first step; None: nobody.
+        how: what it does: "tells" of its progress, "computes" in its start, or "sleeps" in it.
     """
-    with Watchdog(folder, rank, WORLD, PATIENCE) as watchdog:
+    with Watchdog(folder, rank, WORLD, PATIENCE):
+        heartbeat.mark("before the loop", starting=how in ("computes", "sleeps"))
+        end = time.monotonic() + 2.5 * PATIENCE
+        while rank == busy and time.monotonic() < end:
+            if how == "tells":
+                heartbeat.pulse()
+            if how != "computes":
+                time.sleep(0.5)
         for step in range(1, steps + 1):
-            watchdog.mark(f"batch of step {step}")
+            heartbeat.mark(f"batch of step {step}")
             for _ in range(naps):
                 time.sleep(0.3)
             while rank == sleeper and step == stops_at:
                 time.sleep(1)
-            watchdog.mark(f"step {step}")
+            heartbeat.mark(f"step {step}")
             Path(folder, f"arrived_{step}_{rank}").touch()
             while len(list(Path(folder).glob(f"arrived_{step}_*"))) < WORLD or (sleeper is None and step == stops_at):
                 time.sleep(0.02)
@@ -45,7 +57,7 @@ def worker(folder: str, rank: int, sleeper: int | None, stops_at: int | None, st
 @contextlib.contextmanager
 def world(folder: Path, **behaviour: Any) -> Iterator[list[Any]]:
     """The processes of `WORLD` ranks, each running `worker`."""
-    settings = dict(sleeper=None, stops_at=None, steps=3, naps=1) | behaviour
+    settings = dict(sleeper=None, stops_at=None, steps=3, naps=1, busy=None, how="") | behaviour
     context = fork_context()
     processes = [
         context.Process(target=worker, args=(str(folder), rank), kwargs=settings, daemon=True) for rank in range(WORLD)
@@ -122,6 +134,23 @@ def test_a_slow_run_goes_on(tmp_path: Path) -> None:
     assert not (tmp_path / "stalled.json").exists()
 
 
+@pytest.mark.parametrize("how", ["tells", "computes"])
+def test_a_rank_that_works_alone_is_waited_for(tmp_path: Path, how: str) -> None:
+    """The others wait for it in a collective, for much longer than the patience, as for a conversion by rank 0."""
+    with world(tmp_path, busy=0, how=how) as processes:
+        assert exit_codes(processes) == [0, 0, 0]
+    assert not (tmp_path / "stalled.json").exists()
+
+
+def test_a_start_that_hangs_is_ended(tmp_path: Path) -> None:
+    """It computes nothing, reads nothing, writes nothing."""
+    with world(tmp_path, busy=2, how="sleeps") as processes:
+        assert exit_codes(processes) == [1, 1, 1]
+    assert read_json(tmp_path / "stalled.json")["message"].startswith(
+        "no progress for 3 s: rank 2 is still in 'before the loop'; ranks 0, 1 wait in 'step 1'"
+    )
+
+
 def test_a_paused_machine_goes_on(tmp_path: Path) -> None:
     """All ranks are frozen for longer than the patience, early in a batch, and have most of it to do afterwards."""
     with world(tmp_path, steps=2, naps=5) as processes:
@@ -134,8 +163,8 @@ def test_a_paused_machine_goes_on(tmp_path: Path) -> None:
 
 
 def test_zero_turns_it_off(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 0, 2, 0) as watchdog:
-        watchdog.mark("step 1")
+    with Watchdog(tmp_path, 0, 2, 0):
+        heartbeat.mark("step 1")
     assert not list(tmp_path.iterdir())
 
 
@@ -148,7 +177,8 @@ def test_heartbeats_of_an_earlier_attempt_do_not_count(tmp_path: Path, missing: 
         )
         write_json(tmp_path / "heartbeats" / f"rank_{rank}.json", beat)
     if missing:
-        process = fork_context().Process(target=worker, args=(str(tmp_path), 0, None, None, 1, 1), daemon=True)
+        arguments = (str(tmp_path), 0, None, None, 1, 1, None, "")
+        process = fork_context().Process(target=worker, args=arguments, daemon=True)
         process.start()
         assert exit_codes([process]) == [1]
         expected, ranks = "ranks 1, 2 have given no sign of life; rank 0 waits in 'step 1'", [1, 2]

@@ -10,8 +10,11 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,14 @@ import torch
 from deepspeed.checkpoint import ds_to_universal
 from torch.utils.serialization import config as serialization
 
+from tp2d_helpers import heartbeat
+from tp2d_helpers.checkpoint.files import flush_folder, read_json, write_json
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag, fit_global_batch
 from tp2d_helpers.checkpoint.shards import SAFE
 from tp2d_helpers.config import make_config
 
 UNIVERSAL = "universal"
+LIST = "files.json"  # in it
 
 
 def fit_to_world(config: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -59,22 +65,54 @@ def safe_loading() -> Iterator[None]:
 def universal_checkpoint(checkpoint: str | Path) -> str:
     """Convert a checkpoint for other grids, beside its files, unless that was done before; return the tag to load.
 
-    In a process of its own: it reads the files as mapped memory, which DeepSpeed offers no other way to ask for.
+    In a process of its own: it reads the files as mapped memory, which DeepSpeed offers no other way to ask for. What
+    that process prints, its progress among it, is this rank's progress.
+
+    Raises:
+        RuntimeError: if it can't be converted; the message has the last line of what was printed.
     """
-    if not Path(checkpoint, UNIVERSAL).exists():
-        command = [sys.executable, "-m", "tp2d_helpers.checkpoint.resize", str(checkpoint)]
+    if universal_problem(Path(checkpoint)):
+        command = [sys.executable, "-m", "tp2d_helpers.checkpoint.resize", str(checkpoint), "--with-parent"]
         path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]  # it may be Ray that brought it
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{checkpoint} can't be converted: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        said = b""
+        with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:
+            while new := child.stderr.read1():
+                heartbeat.pulse()
+                said = (said + new)[-5000:]
+        if child.returncode:
+            raise RuntimeError(f"{checkpoint} can't be converted: {(said.decode().strip().splitlines() or ['?'])[-1]}")
     return UNIVERSAL
 
 
+def universal_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint has no universal form that can be loaded, in a few words; None if it has one.
+
+    `convert` writes a list of the files and their sizes last. One that an earlier version left has no such list.
+    """
+    listed = read_json(checkpoint / UNIVERSAL / LIST)
+    if not listed:
+        return "is not there, or was not finished"
+    if listed["of"] != _made_of(checkpoint):
+        return "is of another checkpoint"
+    for name, size in listed["files"].items():
+        path = checkpoint / UNIVERSAL / name
+        if not path.exists() or path.stat().st_size != size:
+            return f"has {name} missing or truncated"
+    return None
+
+
 def convert(checkpoint: Path, workers: int = 1) -> Path:
-    """Write a checkpoint's universal form into its folder `universal`, which appears when it is complete."""
-    universal, scratch = checkpoint / UNIVERSAL, checkpoint / f"{UNIVERSAL}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    """Write a checkpoint's universal form into its folder `universal`, which appears when it is complete.
+
+    It is made in a folder that no other process writes to. What others left of theirs is removed: the run has one
+    writer, and its predecessors' conversions ended with them.
+    """
+    universal = checkpoint / UNIVERSAL
+    for left in checkpoint.glob(f"{UNIVERSAL}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = checkpoint / f"{UNIVERSAL}.{uuid.uuid4().hex}.tmp"
     # Without AutoTP (tp_size 1) DeepSpeed does not say how parameters are cut: "missing state" stands for: not at all.
     arguments = argparse.Namespace(
         input_folder=str(checkpoint_tag(checkpoint)), output_folder=str(scratch),
@@ -83,14 +121,42 @@ def convert(checkpoint: Path, workers: int = 1) -> Path:
     )  # fmt: skip
     with safe_loading(), serialization.patch(**{"load.mmap": True}), contextlib.redirect_stdout(sys.stderr):
         ds_to_universal.main(arguments)
+    (checkpoint / "latest_universal").unlink(missing_ok=True)  # names the scratch folder
+    files = [path for path in scratch.rglob("*") if path.is_file()]
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
+    write_json(scratch / LIST, {"of": _made_of(checkpoint), "files": sizes})
+    shutil.rmtree(universal, ignore_errors=True)
     scratch.rename(universal)
-    (checkpoint / "latest_universal").unlink()  # names the scratch folder
+    flush_folder(checkpoint)
     return universal
+
+
+def _made_of(checkpoint: Path) -> dict[str, Any]:
+    """What tells a checkpoint from another in a folder of the same name."""
+    manifest = read_json(checkpoint / "rank_0.json")
+    return {name: manifest.get(name) for name in ("run_id", "step", "tp_size", "dp_size", "zero_stage", "files")}
+
+
+def end_with_parent() -> None:
+    """End this process and all that it starts as soon as the other end of its standard input is gone."""
+
+    def wait() -> None:
+        while os.read(0, 1024):  # not sys.stdin, whose lock would be held at the end
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a checkpoint so that it loads on any grid.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--with-parent", action="store_true", help="end as soon as standard input does")
     options = parser.parse_args()
+    if options.with_parent:
+        end_with_parent()
     print(convert(options.checkpoint, options.workers))

@@ -18,6 +18,7 @@ from typing import Any
 
 import deepspeed
 import ray.train
+import ray.train.collective
 import torch
 import torch.distributed as dist
 import transformers
@@ -59,7 +60,6 @@ def save_checkpoint(
     run_dir: str | Path = ".",
     eval_loss: float | None = None,
     background: bool = False,
-    timeout: float = 1800,
 ) -> None:
     """Save a checkpoint and report it to Ray Train. Collective: every rank calls it with the same arguments.
 
@@ -73,18 +73,16 @@ def save_checkpoint(
         samples: samples consumed over the whole run.
         run_dir: the run's folder, `<storage_path>/<experiment_name>`.
         eval_loss: loss on the held-out samples, another of its metrics.
-        background: copy to host memory and return; Ray Train's upload thread writes while training goes on.
-        timeout: seconds that the checkpoint before may still take, if it is being written.
-
-    Raises:
-        TimeoutError: if it takes longer.
+        background: copy to host memory and return; Ray Train's upload thread writes while training goes on. It waits
+            for the checkpoint before, if that is still being written.
     """
     progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
     if not isinstance(engine.checkpoint_engine, CheckpointWriter):
         engine.checkpoint_engine = CheckpointWriter()
     writer: CheckpointWriter = engine.checkpoint_engine
+    writer.finish()
     folder = _new_folder(Path(run_dir), step)
-    writer.begin(folder, copy=background, timeout=timeout)
+    writer.begin(folder, copy=background)
     scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else None  # universal checkpoints lack it
     state = {**dataclasses.asdict(progress), "loss_scaler": scaler}
     engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=state)
@@ -109,6 +107,8 @@ def _report(folder: Path, writer: CheckpointWriter, facts: dict[str, Any], backg
         checkpoint_upload_fn=upload,
         delete_local_checkpoint_after_upload=False,  # it is the uploaded one
     )
+    if not background:
+        ray.train.collective.barrier()  # the slowest rank may take longer than the others' next collective lasts
 
 
 def load_checkpoint(
@@ -176,8 +176,13 @@ def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> 
 
 
 def _on_rank_0(function: Any) -> Any:
-    """Call it on rank 0 and return its result on all ranks, so that all decide alike. Collective."""
+    """Call it on rank 0 and return its result on all ranks, so that all decide alike. Collective.
+
+    Before torch's collective, which fails after half an hour, the ranks meet at Ray Train's barrier, which waits: for
+    rank 0, or for ranks that come late because their node had to tokenise, or their checkpoint is still being written.
+    """
     answer = [function() if dist.get_rank() == 0 else None]
+    ray.train.collective.barrier()
     dist.broadcast_object_list(answer)
     return answer[0]
 

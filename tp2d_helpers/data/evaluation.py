@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, default_collate
 
+from tp2d_helpers import heartbeat
 from tp2d_helpers.data.dataloader import IGNORED
 
 if TYPE_CHECKING:
@@ -16,18 +17,19 @@ if TYPE_CHECKING:
 
 
 def held_out_batches(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """This DP rank's batches of the samples after the training's: the last `eval_samples` of the dataset.
+    """This DP rank's batches of the samples after the training's: the held-out ones.
 
     All ranks get equally many batches of the training's size. Places beyond the last sample repeat it, with all labels
     ignored, so that they add nothing.
     """
     dataset, sampler = loader.dataset, loader.batch_sampler
     _, dp_size, micro_batch = sampler.shape
-    for first in range(sampler.samples, len(dataset), dp_size * micro_batch):
+    for number, first in enumerate(range(sampler.samples, len(dataset), dp_size * micro_batch), start=1):
         begin = first + sampler.dp_rank * micro_batch
         places = range(begin, begin + micro_batch)
         batch = default_collate([dataset[min(place, len(dataset) - 1)] for place in places])
         batch["labels"][[place >= len(dataset) for place in places]] = IGNORED
+        heartbeat.mark(f"evaluation, batch {number}")
         yield batch
 
 

@@ -19,7 +19,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from tp2d_helpers import startup
+from tp2d_helpers import heartbeat, startup
 from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.speed import graphs
@@ -71,6 +71,7 @@ class StepMetrics:
             keep_until(self.path, done)
         self.learning_rate = engine.get_lr()[0]
         startup.mark("checkpoint")  # which was loaded before this
+        engine.register_forward_hook(lambda *_: heartbeat.pulse())  # a step of many micro-batches is no hang
         self.restart_clock()
 
     def restart_clock(self) -> None:

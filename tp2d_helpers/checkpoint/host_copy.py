@@ -1,0 +1,77 @@
+"""A copy of a rank's state in host memory, of no more bytes than the state has, and kept for the next checkpoint.
+
+PyTorch's own pinned memory comes in powers of two: up to twice the bytes. Here memory of the exact size is mapped, and
+registered with CUDA as pinned.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+ALIGNMENT = 64  # bytes, of each tensor's memory in a buffer
+
+
+class HostBuffer:
+    """Host memory of one size, pinned where there is a GPU, so that copies from it take the speed of the bus."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = mmap.mmap(-1, max(nbytes, 1))  # whole pages, which no other registration shares
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.pinned = torch.cuda.is_available() and not int(
+            torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), len(self.bytes), 0)
+        )
+        if torch.cuda.is_available() and not self.pinned:
+            warnings.warn(
+                f"{nbytes:,} bytes of host memory can't be pinned: checkpoints are copied slowly", stacklevel=2
+            )
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def part(self, start: int, nbytes: int) -> torch.UntypedStorage:
+        """A part of it as a storage of its own: `torch.save` writes whole storages."""
+        if not nbytes:
+            return torch.UntypedStorage(0)
+        return torch.frombuffer(self.memory, dtype=torch.uint8, count=nbytes, offset=start).untyped_storage()
+
+    def __del__(self) -> None:
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+
+
+def host_copy(state: Any, buffer: HostBuffer | None = None) -> tuple[Any, HostBuffer]:
+    """Copy every tensor in a nested structure to host memory; tensors that share memory share their copy.
+
+    Args:
+        buffer: of the copy before, whose contents are not needed any more; used again if the state fits.
+
+    Returns:
+        (the copy, the buffer it lies in). From a GPU, the copy is made in the order of its stream.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    tree_map_only(torch.Tensor, lambda tensor: storages.setdefault(_address(tensor), tensor.untyped_storage()), state)
+    starts, end = {}, 0
+    for address, storage in storages.items():
+        starts[address], end = end, end + -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+    if buffer is None or len(buffer) < end:
+        buffer = HostBuffer(end)
+    copies = {address: buffer.part(starts[address], storage.nbytes()) for address, storage in storages.items()}
+    for address, storage in storages.items():
+        copies[address].copy_(storage, non_blocking=True)
+
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's like in the copy of its storage."""
+        empty = torch.empty(0, dtype=tensor.dtype)
+        return empty.set_(copies[_address(tensor)], tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    # A torch.Size is a tuple, and would become a plain one.
+    return tree_map_only(torch.Tensor, like, state, is_leaf=lambda part: isinstance(part, torch.Size)), buffer
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
