@@ -29,7 +29,7 @@ from tp2d_helpers.checkpoint.files import lock_run
 from tp2d_helpers.checkpoint.run_folder import continue_run, record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
-from tp2d_helpers.model import engine
+from tp2d_helpers.model import engine, facts
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight import checks, plan
 from tp2d_helpers.preflight import cluster as ray_cluster
@@ -671,6 +671,14 @@ def test_what_can_run_is_planned(cluster: dict[str, float], actors: list[str], t
         "versions", "cluster", "precision", "model", "speed", "data", "storage"
     ]  # fmt: skip
     assert not actors and json.loads((found.config.run_dir / "config.json").read_text())["tp_size"] == 2
+
+
+def test_the_model_is_read_once(cluster: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readings could understand a config differently: all checks and the planner share one."""
+    calls, load = [], facts.load_config
+    monkeypatch.setattr(facts, "load_config", lambda *arguments: calls.append(arguments) or load(*arguments))
+    found = plan.preflight(make_config(**{**SMALL, "storage_path": str(tmp_path)}))
+    assert len(calls) == 1 and found.model.vocabulary == 2048
 
 
 # The hub, played by a cache that is laid out as the hub's client lays it out. Its place and whether the machine is
