@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from grid import fork_context
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from documents import DOCUMENTS, read, write
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data import tokens as text_to_tokens
 from tp2d_helpers.data.dataloader import (
     IGNORED,
     GlobalBatchSampler,
@@ -28,53 +21,11 @@ from tp2d_helpers.data.dataloader import (
     create_dataloader,
     global_batches,
 )
-from tp2d_helpers.data.tokens import load_text, load_tokenizer, prepare_tokens
-from tp2d_helpers.demo import END_OF_TEXT, demo_documents, train_tokenizer
+from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.demo import END_OF_TEXT
 
-DOCUMENTS = ["the with statement", "yield", "def f(x): return x", "a " * 40, "class C:\n    pass", "lambda: 0", "é ☃"]
 # (dp_size, micro-batch, accumulation) of one global batch of 8.
 SPLITS = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (2, 2, 2), (2, 1, 4), (1, 2, 4), (8, 1, 1)]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the demo's tokenizer; tokens need nothing else of a model."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(demo_documents()[:10]).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.setenv("TP2D_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    """`DOCUMENTS` as a jsonl file."""
-    return str(write(tmp_path / "documents.jsonl", DOCUMENTS))
-
-
-def write(path: Path, documents: list[str], column: str = "text") -> Path:
-    """Write documents in the format that the file's name asks for."""
-    table = datasets.Dataset.from_dict({column: documents})
-    if path.suffix in (".json", ".jsonl"):
-        path.write_text("".join(json.dumps({column: document}) + "\n" for document in documents))
-    elif path.suffix == ".csv":
-        table.to_csv(path)
-    elif path.suffix == ".parquet":
-        table.to_parquet(path)
-    else:
-        path.write_text("".join(document + "\n" for document in documents))
-    return path
-
-
-def read(tokenizer: str, folder: Path) -> list[str]:
-    """The documents in a folder of tokens, decoded."""
-    tokens, offsets = np.fromfile(folder / "tokens.bin", dtype=np.uint32), np.load(folder / "offsets.npy")
-    return [load_tokenizer(tokenizer).decode(tokens[i:j]) for i, j in itertools.pairwise(offsets)]
 
 
 def sampler(split: tuple[int, int, int] = (2, 2, 2), dp_rank: int = 0, samples: int = 43) -> GlobalBatchSampler:
@@ -213,161 +164,6 @@ def test_mean_of_micro_batches_is_the_mean_of_all_targets(
         assert torch.stack(means).mean() == pytest.approx(weigh[torch.cat(targets)].mean().item(), rel=1e-6)
         real = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
         assert {tokens for _, tokens in step} == {real}
-
-
-# Tokenise once.
-
-
-def _prepare_slowly(arguments: tuple[str, str, str, str]) -> str:
-    tokenizer, source, cache, calls = arguments
-    os.environ["TP2D_CACHE"] = cache
-    tokenize = text_to_tokens.tokenize
-
-    def slow(*args: Any, **kwargs: Any) -> None:
-        with open(calls, "a") as file:
-            file.write("called\n")
-        time.sleep(0.5)  # long enough for the others to arrive
-        tokenize(*args, **kwargs)
-
-    text_to_tokens.tokenize = slow
-    return str(prepare_tokens(tokenizer, source))
-
-
-def test_processes_that_ask_at_once_tokenise_once(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
-    calls = tmp_path / "calls"
-    with ProcessPoolExecutor(4, mp_context=fork_context()) as pool:
-        asked = [(tokenizer, source, str(cache), str(calls))] * 4
-        folders = set(pool.map(_prepare_slowly, asked))
-    assert calls.read_text() == "called\n"
-    assert len(folders) == 1
-    assert read(tokenizer, Path(folders.pop())) == [document + END_OF_TEXT for document in DOCUMENTS]
-
-
-def test_second_call_does_not_load_the_dataset(
-    cache: Path, tokenizer: str, source: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = prepare_tokens(tokenizer, source)
-    monkeypatch.setattr(text_to_tokens, "load_text", lambda *_: pytest.fail("the dataset was loaded again"))
-    assert prepare_tokens(tokenizer, source) == folder
-
-
-def test_failed_build_leaves_nothing_behind(cache: Path, tokenizer: str, source: str) -> None:
-    def fail(text: Any, tokenizer: Any, folder: Path, progress: bool) -> None:
-        (folder / "tokens.bin").write_bytes(b"1234")
-        raise OSError("disk full")
-
-    with pytest.MonkeyPatch.context() as broken:
-        broken.setattr(text_to_tokens, "tokenize", fail)
-        with pytest.raises(OSError, match="disk full"):
-            prepare_tokens(tokenizer, source)
-    assert not [path for path in cache.iterdir() if path.is_dir()]
-    assert len(read(tokenizer, prepare_tokens(tokenizer, source))) == len(DOCUMENTS)
-
-
-# Sources.
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".txt"])
-@pytest.mark.parametrize("in_folder", [False, True], ids=["file", "folder"])
-def test_local_sources(cache: Path, tokenizer: str, tmp_path: Path, suffix: str, in_folder: bool) -> None:
-    documents = [document for document in DOCUMENTS if "\n" not in document]  # in a text file, a line is a document
-    (tmp_path / "data").mkdir()
-    halves = documents[:3], documents[3:]
-    paths = [write(tmp_path / "data" / f"train-{i}{suffix}", half) for i, half in enumerate(halves)]
-    found = read(tokenizer, prepare_tokens(tokenizer, str(tmp_path / "data" if in_folder else paths[0])))
-    assert found == [document + END_OF_TEXT for document in (documents if in_folder else halves[0])]
-
-
-def test_changed_file_is_tokenised_again(cache: Path, tokenizer: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "documents.jsonl", ["one one"])
-    before = prepare_tokens(tokenizer, str(path))
-    write(path, ["two two"])  # of the same size
-    after = prepare_tokens(tokenizer, str(path))
-    assert after != before and read(tokenizer, after) == ["two two" + END_OF_TEXT]
-
-
-def test_text_column(cache: Path, tokenizer: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "documents.jsonl", DOCUMENTS, column="body")
-    assert len(read(tokenizer, prepare_tokens(tokenizer, str(path), text_column="body"))) == len(DOCUMENTS)
-    with pytest.raises(ConfigError, match=r"text_column = 'text': .* has no such column; it has \['body'\]"):
-        prepare_tokens(tokenizer, str(path))
-
-
-@pytest.mark.parametrize("percentage, documents", [(100.0, 200), (25.0, 50), (0.5, 1)])
-def test_dataset_percentage(tmp_path: Path, percentage: float, documents: int) -> None:
-    path = write(tmp_path / "documents.jsonl", [f"document {i}" for i in range(200)])
-    text = load_text(str(path), dataset_percentage=percentage)
-    assert text["text"] == [f"document {i}" for i in range(documents)]
-
-
-def test_percentage_of_the_demo() -> None:
-    documents = demo_documents()
-    assert load_text("demo")["text"] == documents
-    assert load_text("demo", dataset_percentage=10.0)["text"] == documents[: round(len(documents) / 10)]
-
-
-# Errors.
-
-
-@pytest.mark.parametrize("documents", [[""], ["", "   ", "\n"]])
-def test_no_text(cache: Path, tokenizer: str, tmp_path: Path, documents: list[str]) -> None:
-    path = write(tmp_path / "documents.jsonl", documents)
-    with pytest.raises(ConfigError, match=f"no text in the {len(documents)} rows of column 'text'"):
-        prepare_tokens(tokenizer, str(path))
-
-
-@pytest.mark.parametrize("content", ["", "{not json"])
-def test_unreadable_file(cache: Path, tokenizer: str, tmp_path: Path, content: str) -> None:
-    path = tmp_path / "documents.jsonl"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=r"dataset_name = .*documents.jsonl"):
-        prepare_tokens(tokenizer, str(path))
-
-
-@pytest.mark.parametrize("name, message", [("documents.docx", "must be one of .jsonl"), ("none.jsonl", "no such file")])
-def test_not_a_dataset(cache: Path, tokenizer: str, tmp_path: Path, name: str, message: str) -> None:
-    (tmp_path / "documents.docx").write_text("text")
-    with pytest.raises(ConfigError, match=message):
-        prepare_tokens(tokenizer, str(tmp_path / name))
-
-
-def test_hub_out_of_reach_offers_the_demo(cache: Path, tokenizer: str) -> None:
-    with pytest.raises(ConfigError, match=r'no-such-owner/no-such-dataset.*Without a way to the hub, take "demo"'):
-        prepare_tokens(tokenizer, "no-such-owner/no-such-dataset")
-
-
-def test_what_a_tokenizer_adds_is_left_out(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
-    """Llama's, for one, begins every text with a token that a document in the middle of a sample must not have."""
-    adding = load_tokenizer(tokenizer)
-    special = [(END_OF_TEXT, adding.eos_token_id)]
-    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=special)
-    adding.save_pretrained(tmp_path / "adding")
-    assert load_tokenizer(str(tmp_path / "adding"))("yield")["input_ids"][0] == adding.eos_token_id
-    folder = prepare_tokens(str(tmp_path / "adding"), source)
-    assert read(tokenizer, folder) == [document + END_OF_TEXT for document in DOCUMENTS]
-
-
-@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
-def test_either_special_token_ends_a_document(cache: Path, tokenizer: str, tmp_path: Path, token: str) -> None:
-    backend = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(tokenizer).backend_tokenizer)
-    backend.add_special_tokens({token: END_OF_TEXT})
-    backend.save_pretrained(tmp_path / "one")
-    folder = prepare_tokens(str(tmp_path / "one"), str(write(tmp_path / "documents.jsonl", DOCUMENTS)))
-    end = backend.convert_tokens_to_ids(END_OF_TEXT)
-    ends = np.fromfile(folder / "tokens.bin", dtype=np.uint32)[np.load(folder / "offsets.npy")[1:] - 1]
-    assert set(ends.tolist()) == {end} and json.loads((folder / "meta.json").read_text())["pad"] == end
-
-
-def test_tokenizer_without_special_tokens(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
-    bare = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(tokenizer).backend_tokenizer)
-    bare.save_pretrained(tmp_path / "bare")
-    with pytest.raises(ConfigError, match="neither an end-of-text nor a pad token"):
-        prepare_tokens(str(tmp_path / "bare"), source)
-
-
-def test_no_tokenizer(cache: Path, source: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model_name = .*its tokenizer can't be loaded"):
-        prepare_tokens(str(tmp_path), source)
 
 
 def test_less_than_a_global_batch(tiny_model: Callable[[str], Path]) -> None:

@@ -448,11 +448,16 @@ def test_no_text(refused: Callable[..., None], tmp_path: Path, rows: list[dict[s
 
 
 def test_column_that_is_no_text(refused: Callable[..., None], tmp_path: Path) -> None:
-    refused("text_column = 'text'", "int64", dataset_name=lines(tmp_path / "data.jsonl", *[{"text": 5}] * 3))
+    refused(
+        "text_column = 'text'",
+        "in row 1 of",
+        "it is int",
+        dataset_name=lines(tmp_path / "data.jsonl", *[{"text": 5}] * 3),
+    )
 
 
 def test_no_rows(refused: Callable[..., None], tmp_path: Path) -> None:
-    refused("can't be loaded", "data.jsonl", dataset_name=lines(tmp_path / "data.jsonl"))
+    refused("no rows in", "data.jsonl", dataset_name=lines(tmp_path / "data.jsonl"))
     refused("no text in the 0 rows", dataset_percentage=0.01)
 
 

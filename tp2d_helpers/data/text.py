@@ -64,9 +64,16 @@ def _load_files(files: list[Path], text_column: str, text_files: str) -> dataset
     """The rows of local files, copied once into the cache of `datasets`, from where they are memory-mapped."""
     features = datasets.Features({text_column: datasets.Value("large_string")})
     stamps = stamp(*files)  # a part of the cache's key
-    return datasets.Dataset.from_generator(
-        read_rows,
-        features=features,
-        gen_kwargs=dict(files=[str(file) for file in files], text_column=text_column, how=text_files, stamps=stamps),
-        writer_batch_size=16,  # rows that are held in memory, whatever their size
-    )
+    try:
+        return datasets.Dataset.from_generator(
+            read_rows,
+            features=features,
+            gen_kwargs=dict(
+                files=[str(file) for file in files], text_column=text_column, how=text_files, stamps=stamps
+            ),
+            writer_batch_size=16,  # rows that are held in memory, whatever their size
+        )
+    except ValueError as error:
+        if "no data" not in str(error):
+            raise
+        raise ConfigError(f"dataset_name: no rows in {', '.join(map(str, files[:4]))}") from error

@@ -81,7 +81,7 @@ def prepare_tokens(
 def tokenize(
     text: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, progress: bool = True
 ) -> None:
-    """Write the tokens of a one-column dataset into `folder`. The memory it takes does not depend on the text's size.
+    """Write the tokens of a one-column dataset into `folder`. Memory depends on its longest row, not on its size.
 
     - `tokens.bin`: uint32, all documents end to end, each closed by the end-of-text token. Rows without text are none.
     - `offsets.npy`: int64 [documents + 1], where each begins.
