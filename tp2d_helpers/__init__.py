@@ -38,6 +38,7 @@ def lazy(package: str, names: dict[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{names[name]}"), name)
 
+    load.names = names
     return load
 
 
