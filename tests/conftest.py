@@ -20,6 +20,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=f"{CACHE.name}/datasets"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, whatever the current folder
 
 import grid  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 from tp2d_helpers.cache import build_once, cache_dir  # noqa: E402
@@ -52,6 +53,26 @@ def tiny_model() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def family() -> Callable[..., Path]:
+    """family(model_type, **shape): the folder of a tiny model whose biases and norms are random, too."""
+
+    def build(folder: Path, shape: dict[str, Any]) -> None:
+        """As `demo.build_model`, and noise of 0.02 on every weight: a bias of zeros and a norm of ones hide faults."""
+        build_model(TINY | dict(head_dim=8, pad_token_id=None) | shape, folder, dtype=torch.float32)
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        draw = torch.Generator().manual_seed(1)
+        noisy = {name: weight + 0.02 * torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
+        safetensors.torch.save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def folder(model_type: str, **shape: Any) -> Path:
+        """Built on first use."""
+        place = cache_dir() / "-".join([model_type, *(f"{name}={value}" for name, value in shape.items())])
+        return build_once(place, lambda scratch: build(scratch, dict(model_type=model_type, **shape)))
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., grid.Run]:
     """train(model, **settings): 20 steps of 4 samples by the notebook's `train_func`; asked again, the same run.
 
@@ -75,6 +96,7 @@ def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
             weights=answers[0][0],
             replicated={name: all(answer[1][name] for answer in answers) for name in answers[0][1]},
             sharded={name: any(answer[2][name] for answer in answers) for name in answers[0][2]},
+            copies={name: all(answer[3][name] for answer in answers) for name in answers[0][3]},
         )
 
     return run

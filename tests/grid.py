@@ -216,16 +216,22 @@ class Run:
     config: dict[str, Any]
     records: list[dict[str, Any]]  # of metrics.jsonl
     weights: dict[str, torch.Tensor]  # whole, put together from the shards of rank 0's TP group
-    replicated: dict[str, bool]  # weights that every TP rank holds whole: are they bit-identical?
+    replicated: dict[str, bool]  # weights that every TP rank holds whole: are they bit-identical in every TP group?
     sharded: dict[str, bool]  # weights that are divided: are the shards bit-identical? (they had better not be)
+    copies: dict[str, bool]  # what a rank holds of each weight: is it bit-identical in every DP group?
 
     def losses(self) -> list[float]:
         """Loss of every step."""
         return [record["loss"] for record in self.records]
 
 
-def final_weights(engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup) -> tuple[dict, dict, dict]:
-    """For `run_grid(after=)`: `weights` (on rank 0), `replicated` and `sharded` of a `Run`. Collective."""
+def final_weights(
+    engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup
+) -> tuple[dict, dict, dict, dict]:
+    """For `run_grid(after=)`: `weights` (on rank 0), `replicated`, `sharded` and `copies` of a `Run`. Collective.
+
+    With `replicated` and `copies` the weights of rank 0's TP group stand for those of all ranks.
+    """
     import deepspeed
 
     from tp2d_helpers.model.sharding import meta_model
@@ -234,19 +240,25 @@ def final_weights(engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.Proce
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     distinct = list({id(p): p for p in parameters.values()}.values())
     stage_3 = any(hasattr(p, "ds_id") for p in distinct)
-    weights, replicated, sharded = {}, {}, {}
+    weights, replicated, sharded, copies = {}, {}, {}, {}
     with deepspeed.zero.GatheredParameters(distinct) if stage_3 else nullcontext():
         for name, parameter in parameters.items():
             shard = parameter.data.float().contiguous()
-            low, high = shard.clone(), shard.clone()
-            dist.all_reduce(low, dist.ReduceOp.MIN, group=tp_group)
-            dist.all_reduce(high, dist.ReduceOp.MAX, group=tp_group)
             differing = [dim for dim, size in enumerate(whole[name]) if shard.shape[dim] != size]
-            (sharded if differing else replicated)[name] = torch.equal(low, high)
+            (sharded if differing else replicated)[name] = identical(shard, tp_group)
+            copies[name] = identical(shard, dp_group)
             shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(tp_group))]
             dist.all_gather(shards, shard, group=tp_group)
             weights[name] = torch.cat(shards, differing[0]) if differing else shard.clone()
-    return weights if dist.get_rank() == 0 else {}, replicated, sharded
+    return weights if dist.get_rank() == 0 else {}, replicated, sharded, copies
+
+
+def identical(tensor: torch.Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether a tensor is the same on all ranks of the group, bit for bit. Collective."""
+    low, high = tensor.clone(), tensor.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    return torch.equal(low, high)
 
 
 def assert_equal_runs(
@@ -268,8 +280,10 @@ def assert_equal_runs(
         for name, tolerance in tolerances.items():
             same = now[name] == pytest.approx(then[name], rel=tolerance, abs=0)
             assert same, f"step {then['step']}: {name} {now[name]} != {then[name]}"
-    unlike = [name for name, identical in run.replicated.items() if not identical]
+    unlike = [name for name, same in run.replicated.items() if not same]
     assert not unlike, f"replicated weights differ between TP ranks: {unlike}"
+    unlike = [name for name, same in run.copies.items() if not same]
+    assert not unlike, f"weights differ between DP ranks: {unlike}"
     assert run.weights.keys() == reference.weights.keys()
     for name, then in reference.weights.items():
         error = (run.weights[name] - then).pow(2).mean().sqrt().item() / reference.config["learning_rate"]

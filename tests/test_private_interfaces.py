@@ -104,6 +104,37 @@ def deepspeed_layers() -> None:
     assert issubclass(LinearLayer, TensorParallel_Layer) and issubclass(LinearAllreduce, TensorParallel_Layer)
 
 
+@interface("module_inject.auto_tp.AutoTP")
+def deepspeed_autotp() -> None:
+    from deepspeed.module_inject import layers
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.module_inject.autotp_config import AutoTPConfig
+    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+    from deepspeed.runtime.tensor_parallel.config import AUTOTP_MODE, _get_hf_tp_plan
+    from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
+
+    has(AutoTP, "_resolve_vocab_parallel_lm_head", "update_linear_policies", "_replace_module", "_get_model_type")
+    takes(AutoTPConfig.find_matching_spec, "self", "param_name", "model_type")
+    takes(TPPlanConverter.convert, "hf_tp_plan")
+    takes(_get_hf_tp_plan, "model")
+    takes(validate_vocab_parallel_loss, "model")
+    has(layers, "DEEPSPEED_AUTOTP_MODE", "VocabParallelEmbedding")
+    has(AUTOTP_MODE, "TRAINING")
+    source = inspect.getsource(AutoTP.register_replicated_grad_hooks)
+    assert "find_matching_spec(param_name, model_type)" in source and "spec.grad_allreduce" in source
+
+
+@interface("_hp_mapping")
+def deepspeed_masters() -> None:
+    from deepspeed.runtime.zero import partition_parameters, stage_1_and_2
+    from deepspeed.utils import tensor_fragment
+
+    has(tensor_fragment, "get_hp_fragment")
+    assert "_hp_mapping = None" in inspect.getsource(stage_1_and_2)
+    for name in ("ds_tensor", "ds_numel", "ds_process_group"):
+        assert f"param.{name} = " in inspect.getsource(partition_parameters)
+
+
 @interface("DeepSpeedZeroOptimizer's attributes")
 def deepspeed_zero() -> None:
     from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter

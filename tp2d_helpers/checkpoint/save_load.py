@@ -76,6 +76,7 @@ def save_checkpoint(
         background: copy to host memory and return; Ray Train's upload thread writes while training goes on. It waits
             for the checkpoint before, if that is still being written.
     """
+    engine.whole_weights.compare()
     progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
     if not isinstance(engine.checkpoint_engine, CheckpointWriter):
         engine.checkpoint_engine = CheckpointWriter()
@@ -156,8 +157,7 @@ def _settle_on_new_grid(
     """What a universal checkpoint leaves out: the place of AdamW's step counters, random states, the loss scale."""
     for parameter, values in engine.optimizer.optimizer.state.items():
         values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
-    dp_rank = dist.get_rank() // engine.mp_world_size
-    transformers.set_seed((seed + 1 + dp_rank + 1_000_003 * progress.step) % 2**32)
+    transformers.set_seed((seed + 1 + engine.random_stream + 1_000_003 * progress.step) % 2**32)
     if scaler:
         vars(engine.optimizer.loss_scaler).update(scaler)
 

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
 from tp2d_helpers.model.mpu import ModelParallelUnit
+from tp2d_helpers.model.rehearsal import rehearse
 from tp2d_helpers.model.sharding import check_shards, planned_shapes
+from tp2d_helpers.model.whole_weights import WholeWeights
 from tp2d_helpers.speed.agreement import everywhere
 from tp2d_helpers.speed.optimizations import optimize
 
@@ -102,7 +104,8 @@ def setup_model_with_autotp(
     startup.mark("process groups")
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
     startup.mark("weights")
-    planned = planned_shapes(model, tp_size)
+    planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
+    needs.meet(model, mpu.tp_group)
     optimizer, schedule = _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -113,10 +116,12 @@ def setup_model_with_autotp(
     )
     check_shards(engine.module, planned)
     startup.mark("sharding")
-    optimize(engine, config, mpu.tp_group)
+    optimize(engine, config, mpu.tp_group, needs.blocks)
     startup.mark("optimizations")
-    # Dropout: alike within a TP group, whose ranks work on one batch; different across DP.
-    transformers.set_seed(seed + 1 + mpu.dp_rank)
+    engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
+    # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.
+    engine.random_stream = world_rank if needs.divided_dropout else mpu.dp_rank
+    transformers.set_seed(seed + 1 + engine.random_stream)
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
 
 

@@ -29,6 +29,15 @@ def load_config(model_name: str, trust_remote_code: bool = False) -> transformer
         ) from error
 
 
+def _field(config: transformers.PretrainedConfig, name: str) -> int | None:
+    """A number of a config, None without it; where each layer has its own, their mean."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' "may vary across layers"
+        value = [getattr(layer, name) for layer in config.per_layer_config]
+    return round(sum(value) / len(value)) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True)
 class Shard:
     """What one rank of a TP group holds of a model: counts, and widths in elements per token."""
@@ -58,10 +67,10 @@ class ModelFacts:
 
     Attributes:
         config: the model's own, as `transformers` reads it.
-        layers, hidden, heads, key_value_heads, head_dim, mlp, vocabulary: its shape.
+        layers, hidden, heads, key_value_heads, head_dim, mlp, vocabulary: its shape. Of what differs between layers,
+            the mean.
         positions: the longest sequence that it knows; None without a limit.
         block_inputs: column-wise layers in a decoder layer, by its tp plan.
-        tied: whether the output head is the embedding.
     """
 
     config: transformers.PretrainedConfig
@@ -74,7 +83,6 @@ class ModelFacts:
     vocabulary: int
     positions: int | None
     block_inputs: int
-    tied: bool
 
     @classmethod
     def read(cls, model_name: str, trust_remote_code: bool = False) -> ModelFacts:
@@ -88,34 +96,39 @@ class ModelFacts:
 
     @classmethod
     def of(cls, config: transformers.PretrainedConfig) -> ModelFacts:
-        """Of a config."""
-        text = config.get_text_config()
-        heads = text.num_attention_heads
-        plan = getattr(config, "base_model_tp_plan", None) or {}
+        """Of a config. Raises `ConfigError` if it lacks what every decoder has."""
+        try:
+            text = config.get_text_config()
+            layers, hidden, vocabulary = text.num_hidden_layers, text.hidden_size, text.vocab_size
+        except (AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"model_name: {config.model_type!r} has no config of a decoder of text ({reason(error)})"
+            ) from error
+        heads = _field(text, "num_attention_heads") or 0  # state space models have none
+        plan = getattr(text, "base_model_tp_plan", None) or {}
         return cls(
             config=config,
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
+            layers=layers,
+            hidden=hidden,
             heads=heads,
-            key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            vocabulary=text.vocab_size,
-            positions=getattr(text, "max_position_embeddings", None),
+            key_value_heads=_field(text, "num_key_value_heads") or heads,
+            head_dim=_field(text, "head_dim") or hidden // max(heads, 1),
+            mlp=_field(text, "intermediate_size") or 4 * hidden,
+            vocabulary=vocabulary,
+            positions=_field(text, "max_position_embeddings"),
             block_inputs=sum(style == "colwise" for style in plan.values()),
-            tied=bool(config.tie_word_embeddings),
         )
 
     @functools.cached_property
     def meta(self) -> torch.nn.Module:
         """The model without storage. Raises `ConfigError` if `AutoModelForCausalLM` can't build it."""
-        try:
-            return meta_model(self.config)
-        except ValueError as error:
-            raise ConfigError(
-                f"model_name: {self.config.model_type!r} is not a model that AutoModelForCausalLM builds "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        return meta_model(self.config)
+
+    @functools.cached_property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        head = self.meta.get_output_embeddings()
+        return head is not None and head.weight is self.meta.get_input_embeddings().weight
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -138,7 +151,7 @@ class ModelFacts:
             if parameter.ndim == 2 and id(parameter) not in lookups:
                 total += parameter.numel()
             elif parameter.ndim == 3 and experts and parameter.shape[0] == experts:
-                total += parameter.numel() * text.num_experts_per_tok / experts
+                total += parameter.numel() * (text.num_experts_per_tok or experts) / experts
         return total
 
     def flops_per_token(self, seq_length: int) -> float:

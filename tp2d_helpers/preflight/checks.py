@@ -20,10 +20,12 @@ from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.files import local_files
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.speed.devices import Device, device_named
+from tp2d_helpers.speed.layers import decoder_layers
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
@@ -68,11 +70,17 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
         raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
     if not _has_weights(config.model_name):
         raise ConfigError(f"model_name = {config.model_name!r}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    decoder_layers(model.meta)
+    needs = rehearse(model.config, config.tp_size)
+    if needs.own_loss:
+        compare_losses(model.config)
     name = Path(config.model_name).name if Path(config.model_name).is_dir() else config.model_name
     shards = f"{config.tp_size} shard{'s' * (config.tp_size > 1)}"
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
+    special = ", loss computed from the logits" * needs.own_loss
+    special += f", gradients of {len(needs.summed)} whole weights summed over the ranks" * bool(needs.summed)
     return f"{name}: {model.config.model_type}, {model.parameters:,} parameters", (
-        f"{shards} × {replicas}, ZeRO stage {config.zero_stage}"
+        f"{shards} × {replicas}, ZeRO stage {config.zero_stage}{special}"
     )
 
 

@@ -8,6 +8,7 @@ travels while another product is computed.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tp2d_helpers.cache import cache_dir
+from tp2d_helpers.config import ConfigError
 from tp2d_helpers.speed import reductions
 
 
@@ -31,12 +34,15 @@ class ColumnProducts(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, group: str, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """[..., n_i/t] for each layer, from x [..., k] and the weights [n_i/t, k], followed by the biases or None."""
         weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        ctx.group, ctx.sizes, ctx.biased = group, [weight.shape[0] for weight in weights], biases[0] is not None
+        ctx.group, ctx.sizes, ctx.biased = group, [len(weight) for weight in weights], [b is not None for b in biases]
         ctx.merged = len(set(ctx.sizes)) > 1
         ctx.save_for_backward(x, *weights)
-        if ctx.merged:
-            return F.linear(x, torch.cat(weights), torch.cat(biases) if ctx.biased else None).split(ctx.sizes, -1)
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        if not ctx.merged:
+            return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        if any(ctx.biased):
+            pairs = zip(weights, biases, strict=True)
+            bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
+        return F.linear(x, torch.cat(weights), bias if any(ctx.biased) else None).split(ctx.sizes, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -46,11 +52,11 @@ class ColumnProducts(torch.autograd.Function):
         if ctx.merged:
             parts, weights = [torch.cat(parts, -1)], [torch.cat(weights)]
         dx, dw = torch.ops.tp2d.column_gradients(x.flatten(0, -2), parts, weights, ctx.group)
-        db = [part.sum(0) if ctx.biased else None for part in parts]
+        db = [part.sum(0) for part in parts] if any(ctx.biased) else [None] * len(ctx.sizes)
         if ctx.merged:
             dw = dw[0].split(ctx.sizes)
-            db = db[0].split(ctx.sizes) if ctx.biased else [None] * len(ctx.sizes)
-        return dx.view_as(x), None, *dw, *db
+            db = db[0].split(ctx.sizes) if any(ctx.biased) else db
+        return dx.view_as(x), None, *dw, *(b if biased else None for b, biased in zip(db, ctx.biased, strict=True))
 
 
 class RowProduct(torch.autograd.Function):
@@ -98,14 +104,17 @@ class VocabLinear(VocabParallelLinear):
 FASTER = {LinearAllreduce: RowLinear, VocabParallelLinear: VocabLinear}
 
 
-def reduce_once_per_block(model: torch.nn.Module) -> None:
+def reduce_once_per_block(model: torch.nn.Module, blocks: Collection[str]) -> None:
     """Let each attention and MLP block reduce its input's gradient once, not once per column-wise layer.
 
     Two all-reduces per layer in the backward pass instead of five. The layers keep weights, names and checkpoints.
+
+    Args:
+        blocks: names of the modules whose column-wise layers all take the module's own input.
     """
-    for block in list(model.modules()):
+    for name, block in list(model.named_modules()):
         children = [child for child in block.children() if getattr(child, "is_tp_parallel", False)]
-        columns = [child for child in children if type(child) is LinearLayer]
+        columns = column_layers(block) if name in blocks else []
         for child in children:
             reductions.register(child.mp_group)
             child.__class__ = FASTER.get(type(child), type(child))
@@ -115,18 +124,45 @@ def reduce_once_per_block(model: torch.nn.Module) -> None:
             block.register_forward_pre_hook(partial(_enter_block, columns), with_kwargs=True)
 
 
+def column_layers(block: torch.nn.Module) -> list[LinearLayer]:
+    """The column-wise layers that AutoTP made of a module's own children."""
+    return [child for child in block.children() if type(child) is LinearLayer]
+
+
+def block_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The hidden states that a block is called with: its first argument, or the one of that name."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
 def _enter_block(columns: list[ColumnLinear], _: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    x = args[0] if args else kwargs["hidden_states"]
+    x = block_input(args, kwargs)
     weights, biases = [column.weight for column in columns], [column.bias for column in columns]
     group = columns[0].mp_group.group_name
     for column, part in zip(columns, ColumnProducts.apply(x, group, *weights, *biases), strict=True):
         column.part = part
 
 
-def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder layers: of all of the base model's own lists (`layers`; GPT-2's `h`), the longest."""
-    lists = [child for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList)]
-    return max(lists, key=len)
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers, at whatever depth they hang: of the class whose activations `transformers` checkpoints.
+
+    Of a model that came with code of its own, and has none of that class, those of the longest list.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or not list(decoder.children()):  # not every class says where its decoder is
+        decoder = model.base_model
+    lists = map(list, _outermost(decoder, torch.nn.ModuleList))
+    found = _outermost(decoder, GradientCheckpointingLayer) or max(lists, key=len, default=[])
+    if not found:
+        raise ConfigError(f"model_name: {type(model).__name__} has no list of decoder layers")
+    return found
+
+
+def _outermost(module: torch.nn.Module, kind: type) -> list[Any]:
+    children = [[child] if isinstance(child, kind) else _outermost(child, kind) for child in module.children()]
+    return [found for part in children for found in part]
 
 
 def layer_parameters(model: torch.nn.Module) -> int:

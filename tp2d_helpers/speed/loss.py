@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import VocabParallelLinear
+from transformers.modeling_outputs import CausalLMOutput
 
 from tp2d_helpers.data.dataloader import IGNORED
 from tp2d_helpers.speed import reductions
@@ -85,3 +88,27 @@ def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
         reductions.register(head.mp_group)
     loss = causal_lm_loss(head.mp_group if parallel else None, head.vocab_start_index if parallel else 0)
     model.loss_function = torch.compile(loss, dynamic=False) if compiled else loss
+
+
+def loss_from_logits(model: torch.nn.Module) -> None:
+    """Compute the loss from the model's logits, by its `loss_function`, and not by the model itself.
+
+    For a class that came with code of its own and ignores `num_items_in_batch`: the sum of the losses over a step's
+    micro-batches and ranks would be a mean of means.
+    """
+    whole, parameters = model.forward, inspect.signature(model.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+    @functools.wraps(whole)
+    def forward(
+        labels: torch.Tensor | None = None, num_items_in_batch: torch.Tensor | None = None, **batch: Any
+    ) -> CausalLMOutput:
+        """The model's logits, and their loss if there are labels; what the class doesn't know is not passed on."""
+        output = whole(**{name: value for name, value in batch.items() if takes_all or name in parameters})
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        loss = None
+        if labels is not None:
+            loss = model.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    model.forward = forward

@@ -49,17 +49,23 @@ def peers_copy(names: Collection[str], tp_size: int) -> bool:
     return tp_size == 2 and {"block_all_reduce", "peer_copies"}.issubset(names)
 
 
-def optimize(engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup) -> None:
-    """Make the engine's step faster; what it computes stays the same."""
+def optimize(
+    engine: deepspeed.DeepSpeedEngine, config: dict[str, Any], tp_group: dist.ProcessGroup, blocks: Collection[str]
+) -> None:
+    """Make the engine's step faster; what it computes stays the same.
+
+    Args:
+        blocks: names of the modules whose column-wise layers all take the module's own input.
+    """
     names, trouble = _agreed(*chosen_optimizations(config, torch.cuda.is_available()))
     model = engine.module
     _say("not all optimizations", trouble)
     shape = config["batch_size_per_gpu"], config["seq_length"]
     graphs.skip_search_for_packed_samples(model)
     if "block_all_reduce" in names:
-        layers.reduce_once_per_block(model)
+        layers.reduce_once_per_block(model, blocks)
     if "peer_copies" in names:
-        elements = math.prod(shape) * model.config.hidden_size
+        elements = math.prod(shape) * model.config.get_text_config().hidden_size
         _say("no peer_copies, NCCL sums", reductions.copy_between_peers(tp_group, elements, model.dtype))
     if "fused_loss" in names:
         fuse_loss(model, "compile" in names)

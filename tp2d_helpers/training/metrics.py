@@ -62,6 +62,7 @@ class StepMetrics:
         self.path = Path(run_dir) / "metrics.jsonl"
         self.cuda = engine.device.type == "cuda"
         self.waiting: list[dict[str, Any]] = []
+        self.compared = False
         self.newest_loss = math.nan
         self.newest_eval_loss: float | None = None
         device = device_named(torch.cuda.get_device_name()) if self.cuda else None
@@ -99,6 +100,9 @@ class StepMetrics:
             dict(step=step, epoch=epoch, loss=loss, grad_norm=self.engine.get_global_grad_norm(),
                  learning_rate=self.learning_rate, tokens=tokens, step_seconds=(self.last, now), eval_loss=None)
         )  # fmt: skip
+        if not self.compared and self.learning_rate > 0:  # 0: the first step of a warm-up, which moves nothing
+            self.engine.whole_weights.compare()
+            self.compared, now = True, self._now()
         self.last, self.learning_rate = now, self.engine.get_lr()[0]
 
     def record_evaluation(self, loss: float) -> None:

@@ -1,0 +1,108 @@
+"""Model types: those that are accepted equal one process in every weight, the others are refused on the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grid import Run, assert_equal_runs
+from transformers import AutoConfig
+
+from tp2d_helpers.config import ConfigError, make_config
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.rehearsal import rehearse
+from tp2d_helpers.preflight.checks import check_model
+from tp2d_helpers.speed import layers
+from tp2d_helpers.speed.layers import decoder_layers
+
+Train = Callable[..., Run]
+UNLIKE = {  # fields by other names, and without dropout
+    "opt": dict(ffn_dim=128, word_embed_proj_dim=64, dropout=0.0),
+    "gpt2": dict(n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
+ACCEPTED = ["apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma3_text", "granite", "helium",
+            "ministral3", "nanochat", "olmo", "phi", "smollm3", "starcoder2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ACCEPTED)
+def test_family_equals_one_process(train: Train, family: Callable[..., Path], model_type: str) -> None:
+    short = dict(debug_steps=8, warmup_steps=2)
+    run = train(family(model_type), tp_size=2, dp_size=2, **short)
+    assert_equal_runs(run, train(family(model_type), **short))
+    assert run.sharded and not any(run.sharded.values())
+
+
+REFUSED = {
+    "gemma": "custom embedding forward of GemmaTextScaledWordEmbedding",
+    "gemma2": "custom embedding forward of Gemma2TextScaledWordEmbedding",
+    "vaultgemma": "custom embedding forward of VaultGemmaTextScaledWordEmbedding",
+    "gemma4_unified_text": "custom embedding forward of Gemma4UnifiedTextScaledWordEmbedding",
+    "granite_swa": "broadcast a dimension of length 8",  # the sinks of all heads, on the heads of one rank
+    "opt": "its config has no tp_plan",
+    "mixtral": "its plan has the styles",
+    "gpt_neox": "query_key_value.weight .* is not covered by a plain column or row cut",
+    "seed_oss": "it has dropout on attention heads",
+}
+
+
+@pytest.mark.parametrize("model_type, why", REFUSED.items())
+def test_family_is_refused_on_the_driver(family: Callable[..., Path], model_type: str, why: str) -> None:
+    """And trained at tp_size 1: its pass raises nothing there."""
+    folder = str(family(model_type, **UNLIKE.get(model_type, {})))
+    model, settings = ModelFacts.read(folder), dict(model_name=folder, dp_size=1, use_gpu=False, seq_length=64)
+    with pytest.raises(ConfigError, match=f"^model_name: '{model_type}' can't be sharded by AutoTP.*{why}.*tp_size 1"):
+        check_model(make_config(**settings, tp_size=2), model)
+    assert "1 shard × 1 replica" in check_model(make_config(**settings, tp_size=1), model)[1]
+
+
+@pytest.mark.parametrize("model_type, layers, whole, why", [
+    ("gemma3", 26, "vision_tower", "its text model, 'gemma3_text', is not used"),
+    ("gemma4", 30, "", "its text model, 'gemma4_text', is not used"),
+    ("llama4", 48, "", "'llama4_text' .* its plan has the styles"),
+    ("qwen3_5", 32, "", "'qwen3_5_text' .* its plan has the styles"),
+    ("mistral3", 40, "is not a model that AutoModelForCausalLM builds", "is not a model"),
+])  # fmt: skip
+def test_a_text_model_that_is_a_part(model_type: str, layers: int, whole: str, why: str) -> None:
+    """Of the published size, on the meta device: facts, and a pass or a refusal in words, whole and divided."""
+    model = ModelFacts.of(AutoConfig.for_model(model_type))
+    assert model.layers == layers and model.heads and model.head_dim and model.hidden > 1000
+    with pytest.raises(ConfigError, match=why):
+        rehearse(model.config, 2)
+    if whole:
+        with pytest.raises(ConfigError, match=whole):
+            rehearse(model.config, 1)
+    else:
+        rehearse(model.config, 1)
+        assert len(decoder_layers(model.meta)) == layers
+        assert model.flops_per_token(64) > 6 * model.hidden * model.vocabulary and model.shard(1).layer_matmuls
+
+
+def test_facts_where_layers_differ() -> None:
+    """Gemma 4's 25 layers of sliding attention have heads of 256, the 5 others of 512; state space models have none."""
+    assert ModelFacts.of(AutoConfig.for_model("gemma4_text")).head_dim == round((25 * 256 + 5 * 512) / 30)
+    mamba = ModelFacts.of(AutoConfig.for_model("mamba2"))
+    assert mamba.heads == 0 and mamba.flops_per_token(64) == 6 * mamba.matmul_parameters
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt2", "stablelm"])
+def test_layers_at_any_depth_are_checkpointed(train: Train, family: Callable[..., Path], model_type: str) -> None:
+    """OPT's layers hang in `model.decoder`, GPT-2's in `transformer.h`."""
+    model, short = family(model_type, **UNLIKE.get(model_type, {})), dict(debug_steps=6, warmup_steps=2)
+    run = train(model, dp_size=2, activation_checkpointing="full", patch=_count_checkpoints, **short)
+    assert_equal_runs(run, train(model, **short))
+
+
+def _count_checkpoints(names: dict[str, Any]) -> None:
+    """A run whose layers are not checkpointed, in each of its passes, fails."""
+    calls, whole, step = [], layers.checkpoint, names["train_step"]
+    layers.checkpoint = lambda *args, **kwargs: (calls.append(1), whole(*args, **kwargs))[1]
+
+    def train_step(engine: Any, micro_batches: list[dict]) -> Any:
+        calls.clear()
+        loss = step(engine, micro_batches)
+        assert len(calls) == 2 * len(micro_batches)  # layers
+        return loss
+
+    names["train_step"] = train_step

@@ -1,0 +1,216 @@
+"""One training pass of a model without storage, divided as the run will divide it, before a GPU is taken.
+
+On the meta device a pass costs no memory and about a second, and takes the same way through the model's code: what the
+class can't do, or would do otherwise than one process, shows here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.module_inject import layers as autotp_layers
+from deepspeed.runtime.tensor_parallel.config import AUTOTP_MODE
+from transformers import masking_utils
+
+from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.dataloader import IGNORED
+from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
+from tp2d_helpers.model.sharding import meta_model, random_model
+from tp2d_helpers.speed.loss import loss_from_logits
+
+SAMPLE = (2, 8)  # samples, tokens
+LARGEST = 10**9  # parameters that a model with storage may have, where a pass needs values
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the pass showed. Names are those of the model's weights and modules.
+
+    Attributes:
+        own_loss: the class computes its loss without `num_items_in_batch`; the run computes it from the logits.
+        summed: whole weights on divided activations, whose gradients the run sums over the TP group.
+        blocks: modules whose column-wise layers all take the module's own input.
+        divided_dropout: random numbers are drawn for divided activations: each rank of a TP group needs its own.
+    """
+
+    own_loss: bool = False
+    summed: list[str] = field(default_factory=list)
+    blocks: set[str] = field(default_factory=set)
+    divided_dropout: bool = False
+
+    def meet(self, model: torch.nn.Module, tp_group: dist.ProcessGroup) -> None:
+        """Change the loaded model so that it is equal to one process; before AutoTP divides it."""
+        if self.own_loss:
+            loss_from_logits(model)
+        for name in self.summed:
+            model.get_parameter(name).register_hook(partial(_sum, tp_group))
+
+
+def _sum(tp_group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=tp_group)
+    return total
+
+
+def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehearsal:
+    """What a run at `tp_size` must do for this model to be equal to one process.
+
+    Raises:
+        ConfigError: if nothing makes it equal, or the model can't be trained on tokens and labels alone.
+    """
+    with _quiet():
+        return _divided(hf_config, tp_size) if tp_size > 1 else _whole(hf_config)
+
+
+def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
+    model = meta_model(hf_config, torch.bfloat16)  # the grouped matmul of experts has no other dtype there
+    try:
+        loss, own_loss = _pass(model)
+    except Exception:  # some classes ask for values, which only a model with storage has
+        model = _small(hf_config)
+        try:
+            loss, own_loss = _pass(model)
+        except Exception as error:
+            raise ConfigError(
+                f"model_name: {hf_config.model_type!r} can't be trained on tokens and labels alone ({reason(error)})"
+            ) from error
+    _check_reach(model, loss)
+    return Rehearsal(own_loss)
+
+
+def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsal:
+    kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP at tp_size {tp_size}: "
+    model = meta_model(hf_config, torch.bfloat16)
+    try:
+        summed = convert(model, tp_size)
+        with Watch(model) as watch:
+            loss, own_loss = _pass(model)
+        _check_reach(model, loss)
+        more = unsummed(model, loss, summed)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{kind}{reason(error).rstrip('.')}. Take tp_size 1") from error
+    if len(watch.random) > 1:
+        raise ConfigError(
+            f"{kind}it has dropout on attention heads or other activations that are divided, where each rank needs its "
+            "own random numbers, and on activations that are whole, where all need the same. Set one of them to 0 in "
+            "the model's config.json (attention_dropout, or resid_pdrop, residual_dropout, …), or take tp_size 1"
+        )
+    return Rehearsal(own_loss, more, watch.blocks, "divided" in watch.random)
+
+
+def _pass(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:
+    """(the loss of a training pass, whether it had to be computed from the logits); what `train_step` does."""
+    try:
+        loss, counted = _forward(model)
+    except (TypeError, AttributeError) as error:
+        if not any(words in str(error) for words in ("unexpected keyword", "has no attribute 'loss'")):
+            raise
+        counted = False
+    if counted:
+        return loss, False
+    loss_from_logits(model)
+    loss, counted = _forward(model)
+    if not counted:
+        raise ValueError("its logits are not one vector per token")
+    return loss, True
+
+
+def _forward(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:
+    """(the loss, whether it is `loss_function`'s of all logits and labels, and of the number of targets)."""
+    calls, device = [], next(model.parameters()).device
+    ids, count = torch.zeros(SAMPLE, dtype=torch.long, device=device), torch.ones((), device=device)
+
+    def loss_function(
+        logits: torch.Tensor, labels: Any, vocab_size: int = 0, num_items_in_batch: Any = None, **_: Any
+    ) -> torch.Tensor:
+        """A loss that shows where it comes from."""
+        loss = Leave.apply(logits).sum()
+        calls.append((loss, logits.shape[:2] == ids.shape and labels is ids and num_items_in_batch is count))
+        return loss
+
+    model.train().loss_function = loss_function
+    loss = model(input_ids=ids, labels=ids, num_items_in_batch=count, use_cache=False).loss
+    unchanged = loss._version == 0  # an auxiliary loss may be added in place
+    return loss, unchanged and any(result is loss and right for result, right in calls)
+
+
+def _check_reach(model: torch.nn.Module, loss: torch.Tensor) -> None:
+    """Raises `ConfigError` if a weight has no part in the loss: weight decay alone would change it."""
+    reached = regions(loss)
+    left = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
+    if left:
+        raise ConfigError(
+            f"model_name: {model.config.model_type!r} has {len(left)} weights ({sum(left.values()):,} parameters) that "
+            f"training on text does not reach, such as {next(iter(left))}. Take a model of text alone"
+        )
+
+
+def compare_losses(hf_config: transformers.PretrainedConfig) -> None:
+    """Check the loss from the logits against a class's own, on random weights and 2 of the layers.
+
+    Raises:
+        ConfigError: if they differ, so that training would follow another loss than the model's.
+    """
+    with _quiet():
+        model = _small(hf_config).eval()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(hf_config.get_text_config().vocab_size, SAMPLE, generator=draw)
+    labels = ids.clone()
+    labels[0, : SAMPLE[1] // 2] = IGNORED
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=labels)[0].item()
+        loss_from_logits(model)
+        ours = model(input_ids=ids, labels=labels).loss.item()
+    if abs(own - ours) > 1e-4 * abs(ours):
+        raise ConfigError(
+            f"model_name: {hf_config.model_type!r} computes its own loss, without num_items_in_batch: {own:.4f} on a "
+            f"sample, where the mean cross-entropy of the next token is {ours:.4f}. Only the latter can be divided "
+            "over micro-batches and ranks; if it adds an auxiliary loss (output_router_logits), turn that off"
+        )
+
+
+def _small(hf_config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """The model with storage, random weights and 2 of its layers, if its config can be cut so."""
+    cut = copy.deepcopy(hf_config)
+    text = cut.get_text_config()
+    try:
+        text.num_hidden_layers = min(2, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:2]
+        size = sum(parameter.numel() for parameter in meta_model(cut).parameters())
+    except Exception:
+        cut, size = hf_config, sum(parameter.numel() for parameter in meta_model(hf_config).parameters())
+    if size > LARGEST:
+        raise ConfigError(
+            f"model_name: {hf_config.model_type!r} must be tried on the CPU before it is trained, and {size:,} "
+            f"parameters are too many for that (the limit is {LARGEST:,})"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return random_model(cut, torch.float32)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """AutoTP as for training, a mask of causal attention without a look at positions, and nothing below an error."""
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            mock.patch.object(autotp_layers, "DEEPSPEED_AUTOTP_MODE", AUTOTP_MODE.TRAINING),
+            mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+        ):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
