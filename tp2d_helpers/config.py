@@ -59,7 +59,7 @@ class Config(BaseModel):
     gradient_accumulation_steps: PositiveInt = 1
     seq_length: Annotated[int, Field(ge=2)] = 512
     num_epochs: PositiveInt = 1
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 1e-5
     warmup_steps: NonNegativeInt = 0
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0

@@ -90,6 +90,11 @@ def build_model(shape: dict[str, Any], folder: Path, seed: int = 0, dtype: torch
     tokenizer.save_pretrained(folder)
 
 
+def has_random_weights(model_name: str) -> bool:
+    """Whether a model is one that this module built."""
+    return Path(model_name).parent == cache_dir()
+
+
 def demo_model(shape: str = "demo") -> Path:
     """Folder of a model of `SHAPES`, built in the cache on first use (two seconds for the demo)."""
     dtype = torch.float32 if shape == "demo" else torch.bfloat16

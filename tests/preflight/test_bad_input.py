@@ -616,6 +616,15 @@ def test_choose(resources: dict, settings: dict, use_gpu: bool, model_name: str,
         assert config.dataset_name == settings.get("dataset_name", "Salesforce/wikitext")
 
 
+@pytest.mark.parametrize("model_name, given, taken", [
+    ("demo", "auto", 1e-3), ("org/name", "auto", 1e-5), ("demo", 2e-4, 2e-4), ("org/name", 1e-3, 1e-3),
+])  # fmt: skip
+def test_learning_rate_that_suits_the_weights(model_name: str, given: Any, taken: float) -> None:
+    config, _ = plan.settle(make_config(model_name=model_name, learning_rate=given), {})
+    assert config.learning_rate == taken
+    assert plan.settle(config, {})[0].learning_rate == taken  # settled once: a continued run keeps it
+
+
 def test_choose_paths_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers have another working directory: what is local becomes absolute."""
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tp2d_helpers.checkpoint.run_folder import continue_run, record_run
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
-from tp2d_helpers.demo import demo_model
+from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.checks import (
     check_data,
@@ -36,6 +36,8 @@ from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
 
+# Learning rates that "auto" takes: what makes random weights learn would undo what pretrained ones have learned.
+RANDOM_RATE, PRETRAINED_RATE = 1e-3, 1e-5
 SHARED_STORAGE = Path("/mnt/cluster_storage")  # on an Anyscale workspace, a disk that all its nodes share
 
 
@@ -76,7 +78,7 @@ def preflight(config: Config) -> Plan:
     Raises:
         ConfigError: for the first thing that can't work, with the value found and what would be right.
     """
-    resources = connect()
+    resources, given = connect(), config
     config, why = settle(config, resources)
     check_resilience(config)
     then, config = config, continue_run(config)
@@ -88,6 +90,9 @@ def preflight(config: Config) -> Plan:
     rows.append(("precision", *check_precision(config, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))
+    if given.learning_rate == "auto":
+        kind = "random" if has_random_weights(config.model_name) else "pretrained"
+        rows.append(("learning rate", f"{kind} weights", f"{config.learning_rate:g}"))
     rows += check_memory(config, model, resources)
     names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
     rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
@@ -121,5 +126,8 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
         storage = str(SHARED_STORAGE / "tp_autotp" if SHARED_STORAGE.is_dir() else Path("outputs").absolute())
     if name == "auto":
         name = f"tp_autotp_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:4]}"
+    rate = config.learning_rate
+    if rate == "auto":
+        rate = RANDOM_RATE if has_random_weights(model) else PRETRAINED_RATE
     settled = dict(model_name=model, dataset_name=dataset, storage_path=storage, experiment_name=name)
-    return config.change(use_gpu=use_gpu, **settled), why
+    return config.change(use_gpu=use_gpu, learning_rate=rate, **settled), why
