@@ -209,6 +209,24 @@ def transformers_masks() -> None:
         assert inspect.getsource(masking_utils).count(name) > 1
 
 
+@interface("convert_and_load_state_dict_in_model")
+def transformers_loading() -> None:
+    """`from_pretrained` loads by the same calls, in the same order."""
+    from transformers import PreTrainedModel, conversion_mapping, core_model_loading, modeling_utils
+
+    takes(conversion_mapping.get_model_conversion_mapping, "model")
+    takes(core_model_loading.convert_and_load_state_dict_in_model, "model", "state_dict", "load_config")
+    takes(modeling_utils.LoadStateDictConfig.__init__, "self")
+    has(modeling_utils.LoadStateDictConfig(), "device_map", "dtype", "weight_mapping")
+    source = inspect.getsource(PreTrainedModel._load_pretrained_model)
+    source += inspect.getsource(PreTrainedModel._finalize_model_loading)
+    calls = ("convert_and_load_state_dict_in_model(", "mark_tied_weights_as_initialized(loading_info)",
+             "tie_weights(missing_keys=loading_info.missing_keys, recompute_mapping=False)",
+             "_adjust_missing_and_unexpected_keys(loading_info)")  # fmt: skip
+    places = [source.find(call) for call in calls]
+    assert -1 not in places and places == sorted(places)
+
+
 @interface("_render_traceback_")
 def ipython_traceback() -> None:
     from IPython.core.interactiveshell import InteractiveShell

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 # What makes a step faster without changing what it computes (section 4 of the notebook).
 OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step", "cuda_graph")
 
@@ -85,6 +88,17 @@ class Config(BaseModel):
     min_dp_size: NonNegativeInt = 0
     hang_timeout_seconds: NonNegativeInt = 600
     cluster_wait_seconds: NonNegativeInt = 0
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_what_is_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 makes text of 1e-4, as it wants a point, and `papermill -p` of true and false: no other is meant."""
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        if float in kinds and isinstance(value, str) and EXPONENT.fullmatch(value):
+            return float(value)
+        if bool in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        return value
 
     @field_validator("experiment_name")
     @classmethod
@@ -167,10 +181,37 @@ def make_config(**settings: Any) -> Config:
             if item["type"] == "extra_forbidden":
                 near = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.5)
                 message = "unknown parameter; " + (f"did you mean {near[0]}?" if near else "see the parameters cell")
+            elif item["type"] != "literal_error" and (hint := _how_to_write(name, item["input"])):
+                message += f"; {hint}"
             line = f"{name} = {item['input']!r}: {message}"
             if line not in lines:
                 lines.append(line)
         raise ConfigError("\n".join(lines)) from None
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The plain types that an annotation allows, without its literals."""
+    if get_origin(annotation) is Literal:
+        return set()
+    parts = get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
+
+
+def _how_to_write(name: str, value: Any) -> str:
+    """How to write a value of the wrong type, if it can be told what was meant; else nothing."""
+    kinds = _kinds(Config.model_fields[name].annotation)
+    number = isinstance(value, str) and NUMBER.fullmatch(value)
+    if bool in kinds and not isinstance(value, bool):
+        return "write True or False (true or false in YAML)"
+    if float in kinds and number:
+        return f"write it without quotes: {value}"
+    if int in kinds and (number or type(value) is float) and float(value) % 1 == 0:
+        return f"write it as a whole number, without quotes: {int(float(value))}"
+    if str in kinds and isinstance(value, list):
+        return f"write one text with commas: '{','.join(map(str, value))}'"
+    if str in kinds and not isinstance(value, (str, type(None))):
+        return f"write it in quotes, and for papermill as -r {name} {value}"
+    return ""
 
 
 def parameter_names(cells: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ import transformers
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from grid import IMPORT_PATH, NOTEBOOK, run_grid
 from ray.actor import ActorClass
+from safetensors.torch import load_file, save_file
 
 from tp2d_helpers.checkpoint.files import lock_run
 from tp2d_helpers.checkpoint.run_folder import continue_run, record_run
@@ -108,10 +109,34 @@ WRONG_TYPE: dict[type, list[Any]] = {
 def test_wrong_type(name: str) -> None:
     kind = type(Config.model_fields[name].default)
     for value in WRONG_TYPE[kind if name != "use_gpu" else bool]:
-        right = "(valid|finite|'auto'|'fp32'|'newest'|'none')"
+        right = "(valid|finite|'auto'|'fp32'|'newest'|'none'|'document')"
         with pytest.raises(ConfigError, match=rf"(?m)^{name} = .*{right}") as error:
             make_config(**{name: value})
         assert f"{name} = {value!r}: " in str(error.value)
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("learning_rate", "1e-4", 1e-4), ("weight_decay", "1E-2", 0.01), ("dataset_percentage", "2.5e1", 25.0),
+    ("packing", "false", False), ("async_checkpoint", "TRUE", True), ("use_gpu", "true", True),
+])  # fmt: skip
+def test_text_that_can_mean_one_thing(name: str, text: str, value: Any) -> None:
+    """What YAML 1.1 and `papermill -p` make of 1e-4, true and false."""
+    found = getattr(make_config(**{name: text}), name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("name, value, right", [
+    ("learning_rate", "0.1", "write it without quotes: 0.1"), ("max_grad_norm", "1", "write it without quotes: 1"),
+    ("packing", "no", "write True or False (true or false in YAML)"), ("packing", 0, "write True or False"),
+    ("use_gpu", "yes", "write True or False"), ("debug_steps", "1e3", "as a whole number, without quotes: 1000"),
+    ("debug_steps", 1000.0, "as a whole number, without quotes: 1000"), ("seed", "7", "without quotes: 7"),
+    ("experiment_name", 2024, "write it in quotes, and for papermill as -r experiment_name 2024"),
+    ("optimizations", ["compile", "fused_loss"], "write one text with commas: 'compile,fused_loss'"),
+])  # fmt: skip
+def test_the_way_to_write_it_is_named(name: str, value: Any, right: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_config(**{name: value})
+    assert str(error.value).startswith(f"{name} = {value!r}: ") and right in str(error.value)
 
 
 @pytest.mark.parametrize("name, value, right", [
@@ -325,6 +350,14 @@ def test_model_without_weights(refused: Callable[..., None], model: Callable[...
     refused("has no weights", "model.safetensors or pytorch_model.bin", model_name=str(folder))
 
 
+def test_weights_under_other_names(refused: Callable[..., None], model: Callable[..., Path]) -> None:
+    """transformers would draw them at random and train; `test_weights.py` has all that is looked for."""
+    folder = model("llama")
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    refused("model.safetensors lacks", "All names there begin with '_orig_mod.'", model_name=str(folder))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
 def test_model_without_tokenizer(refused: Callable[..., None], model: Callable[..., Path], name: str) -> None:
     """For Qwen2, transformers makes an empty tokenizer without a word: the run would train on end-of-text alone."""
@@ -346,6 +379,9 @@ def test_tokenizer_of_another_model(refused: Callable[..., None], tmp_path: Path
     build_model(shape, tmp_path / "model", dtype=torch.float32)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 1000, "pad_token_id": None}))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    cut = {name: weight[:1000] if len(weight) == 2048 else weight for name, weight in weights.items()}
+    save_file(cut, tmp_path / "model" / "model.safetensors")
     refused("gives id 2047, the model has 1000 ids", model_name=str(tmp_path / "model"))
 
 
@@ -585,7 +621,7 @@ def test_another_grid_keeps_the_global_batch(tmp_path: Path) -> None:
     (dict(eval_interval=5), "eval_interval = 5: eval_samples is 0"),
     (dict(min_dp_size=2), "min_dp_size = 2: must not be above dp_size, which is 1"),
     (dict(min_dp_size=1, zero_stage=3), "min_dp_size = 1: needs zero_stage 1 or 2, and it is 3"),
-    (dict(eval_samples=10**6), "1000000 of them held out"),
+    (dict(eval_samples=10**6), "eval_samples = 1000000: held-out samples must come from documents that training"),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(refused: Callable[..., None], settings: dict, message: str) -> None:
     refused(message, **settings)

@@ -10,7 +10,6 @@ import importlib.metadata
 from pathlib import Path
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from packaging.version import Version
 
 from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
@@ -24,12 +23,12 @@ from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
+from tp2d_helpers.preflight.weights import check_weights
 from tp2d_helpers.speed.devices import Device, device_named
 from tp2d_helpers.speed.layers import decoder_layers
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or, if it is in parts, the index: *.index.json
 
 
 def check_resilience(config: Config) -> None:
@@ -68,8 +67,7 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
         raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
-    if not _has_weights(config.model_name):
-        raise ConfigError(f"model_name = {config.model_name!r}: has no weights ({' or '.join(WEIGHT_FILES)})")
+    weights = check_weights(config.model_name, model)
     decoder_layers(model.meta)
     needs = rehearse(model.config, config.tp_size)
     if needs.own_loss:
@@ -79,16 +77,9 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
     special = ", loss computed from the logits" * needs.own_loss
     special += f", gradients of {len(needs.summed)} whole weights summed over the ranks" * bool(needs.summed)
-    return f"{name}: {model.config.model_type}, {model.parameters:,} parameters", (
+    return f"{name}: {model.config.model_type}, {model.parameters:,} parameters, {weights}", (
         f"{shards} × {replicas}, ZeRO stage {config.zero_stage}{special}"
     )
-
-
-def _has_weights(name: str) -> bool:
-    files = [file + suffix for file in WEIGHT_FILES for suffix in ("", ".index.json")]
-    if Path(name).is_dir():
-        return any((Path(name) / file).exists() for file in files)
-    return not is_offline_mode() or any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
 
 
 def check_memory(config: Config, model: ModelFacts, resources: dict[str, float]) -> list[tuple[str, str, str]]:
