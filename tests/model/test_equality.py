@@ -5,6 +5,7 @@ In fp32 on CPU, where a difference is rounding error or a mistake. The last test
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import safetensors.torch
 from grid import Run, assert_equal_runs
 
 from tp2d_helpers.demo import demo_documents
+from tp2d_helpers.model.whole_weights import WholeWeights
 from tp2d_helpers.speed import optimizations, reductions
 
 Train = Callable[..., Run]
@@ -148,6 +150,12 @@ def test_replicated_weights_stay_identical_with_dropout(train: Train) -> None:
 # The mistakes. A patch runs in every process before training and changes what `train_func` calls.
 
 
+def _unseen(patch: Callable[..., None], names: dict[str, Any]) -> None:
+    """Without the run's own comparison of whole weights, which would end it."""
+    WholeWeights.compare = lambda self, why="": None
+    patch(names)
+
+
 def _shard_by_world_rank(names: dict[str, Any]) -> None:
     create = names["create_dataloader"]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -225,8 +233,12 @@ def test_data_by_world_rank_is_found(train: Train) -> None:
     (_skip_the_forward_all_reduce, "step 1: loss"), (_skip_the_backward_all_reduce, "step 1: grad_norm"),
 ])  # fmt: skip
 def test_missing_all_reduce_is_found(train: Train, patch: Callable[..., None], found: str) -> None:
+    """By the run itself, which compares the weights that all ranks hold whole, and by the comparison of runs."""
+    with pytest.raises(RuntimeError, match=r"the ranks of a TP group differ in .*norm.weight.* a gradient was not"):
+        train("qwen2-tied", tp_size=2, patch=patch)
     with pytest.raises(AssertionError, match=found):
-        assert_equal_runs(train("qwen2-tied", tp_size=2, patch=patch), train("qwen2-tied"))
+        run = train("qwen2-tied", tp_size=2, patch=functools.partial(_unseen, patch))
+        assert_equal_runs(run, train("qwen2-tied"))
 
 
 def _forbid_waiting(names: dict[str, Any]) -> None:
@@ -273,7 +285,9 @@ def test_unlike_initial_weights_are_found(train: Train, tiny_model: Callable[[st
     reference = train(tmp_path)
     assert reference.losses() != train("qwen2-untied").losses()
     assert_equal_runs(train(tmp_path, tp_size=2, dp_size=2), reference)
-    run = train(tmp_path, tp_size=2, dp_size=2, patch=_seed_by_world_rank)
+    with pytest.raises(RuntimeError, match=r"differ in model.embed_tokens.weight, .* not loaded, or drawn, alike"):
+        train(tmp_path, tp_size=2, dp_size=2, patch=_seed_by_world_rank)
+    run = train(tmp_path, tp_size=2, dp_size=2, patch=functools.partial(_unseen, _seed_by_world_rank))
     assert not run.replicated["model.embed_tokens.weight"]
     with pytest.raises(AssertionError, match="step 1: loss"):
         assert_equal_runs(run, reference)

@@ -29,9 +29,9 @@ class WholeWeights:
             whole = [item for item in model.named_parameters() if not is_model_parallel_parameter(item[1])]
         self.weights = dict(whole)
         self.start = self._sums()
-        self.compare()
+        self.compare("they were not loaded, or drawn, alike")
 
-    def compare(self) -> None:
+    def compare(self, why: str = "a gradient was not summed over the group. No checkpoint of this is kept") -> None:
         """Compare the weights, of which each rank sends `SUMS` numbers. Collective over the world.
 
         Raises:
@@ -50,8 +50,7 @@ class WholeWeights:
         if names := [name for name, found in zip(self.weights, different.tolist(), strict=True) if found]:
             more = f" and {len(names) - 3} more" * (len(names) > 3)
             raise RuntimeError(
-                f"the ranks of a TP group no longer have the same {', '.join(names[:3])}{more}, which each of them "
-                "holds whole: a gradient was not summed over the group. No checkpoint of this is kept"
+                f"the ranks of a TP group differ in {', '.join(names[:3])}{more}, which each of them holds whole: {why}"
             )
 
     @torch.no_grad()
