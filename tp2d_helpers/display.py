@@ -25,10 +25,9 @@ from matplotlib.ticker import MaxNLocator
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
-from ray.train import WorkerGroupError
 
 from tp2d_helpers import startup
-from tp2d_helpers.checkpoint.files import lock_run, read_json
+from tp2d_helpers.checkpoint.files import WRITER, lock_run, read_json
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.training.metrics import newest_step
@@ -105,6 +104,7 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
                 signal.signal(signal.SIGINT, interrupt)
             finished.set()
             thread.join()
+            (config.run_dir / WRITER).unlink(missing_ok=True)  # the workers are gone
     print(f"finished in {time.time() - began:.0f} s")
 
 
@@ -152,11 +152,12 @@ def progress_line(record: dict[str, Any], total: int) -> str:
 
 
 def _describe(error: Exception, config: Config) -> str:
-    failures = getattr(error, "worker_failures", {}) if isinstance(error, WorkerGroupError) else {}
-    stall = read_json(config.run_dir / "stalled.json")
+    failures = getattr(error, "worker_failures", {})
+    stall = read_json(config.run_dir / "stalled.json")  # of the last attempt: the next one gives it another name
     if stall:
         at = time.strftime("%H:%M:%S", time.localtime(stall["time"]))
-        return f"{stall['message']} (at {at})\nWhere the ranks hung: {config.run_dir / 'logs'}"
+        after = "" if failures else f"\nThen: {error}"  # not of a worker: the run could not be started again
+        return f"{stall['message']} (at {at})\nWhere the ranks hung: {config.run_dir / 'logs'}{after}"
     if not failures:
         return f"{error}\nWorker logs: {config.run_dir / 'logs'}"
     rank, failure = min(failures.items())

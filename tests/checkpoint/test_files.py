@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from grid import fork_context
 
-from tp2d_helpers.checkpoint.files import claim_run, lock_run, read_json
+from tp2d_helpers.checkpoint import files
+from tp2d_helpers.checkpoint.files import claim_run, lock_run, read_json, write_json
 from tp2d_helpers.config import Config, ConfigError, make_config
 
 LIMIT = 30  # seconds that anything here may take
@@ -79,3 +82,79 @@ def test_workers_wait_for_those_of_a_launch_that_was_killed(tmp_path: Path) -> N
     process.kill()
     claim_run(tmp_path, 0, seconds=LIMIT)
     process.join()
+    files._HELD.close()
+
+
+# A network file system without locks, or with one for each node: what another machine writes is all there is to see.
+
+
+@contextlib.contextmanager
+def another_machine(record: Path, alive: bool) -> Iterator[None]:
+    """A record that another machine wrote a moment ago; if it is alive, it writes it every 0.1 s."""
+    done = threading.Event()
+
+    def sign() -> None:
+        write_json(record, dict(pid=7, host="far", machine="another", started="today", time=time.time()))
+
+    def go_on() -> None:
+        while not done.wait(0.1):
+            sign()
+
+    sign()
+    thread = threading.Thread(target=go_on, daemon=True)
+    if alive:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def test_a_launch_on_another_machine_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WATCH_SECONDS", 2)
+    record = config.run_dir / ".lock.json"
+    with (
+        another_machine(record, alive=True),
+        pytest.raises(ConfigError, match=r"another run is writing to .*started by pid 7 on far at today"),
+        lock_run(config),
+    ):
+        pass
+    assert read_json(record)["host"] == "far", "the owner's record stays"
+    with another_machine(record, alive=False):
+        began = time.monotonic()
+        with lock_run(config):
+            assert time.monotonic() - began >= 2 and read_json(record)["pid"] == os.getpid()
+
+
+def test_an_old_record_of_another_machine_is_not_watched(config: Config) -> None:
+    write_json(config.run_dir / ".lock.json", dict(pid=7, host="far", machine="another", time=time.time() - 7200))
+    began = time.monotonic()
+    with lock_run(config):
+        assert time.monotonic() - began < 5
+
+
+def test_an_owner_stays_visible(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record changes as long as it holds the folder; without any lock, that keeps others out."""
+    monkeypatch.setattr(files, "SIGN_SECONDS", 0.2)
+    monkeypatch.setattr(files, "_acquire", lambda lock: False)
+    with lock_run(config):
+        first = read_json(config.run_dir / ".lock.json")
+        time.sleep(1)
+        assert read_json(config.run_dir / ".lock.json") != first
+        with pytest.raises(ConfigError, match=f"started by pid {os.getpid()} on"), lock_run(config):
+            pass
+    assert not (config.run_dir / ".lock.json").exists()
+    with lock_run(config):
+        pass
+
+
+def test_workers_wait_for_those_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WATCH_SECONDS", 1)
+    with (
+        another_machine(tmp_path / ".writer.json", alive=True),
+        pytest.raises(RuntimeError, match=r"workers of an earlier launch still write to .* after 1 s"),
+    ):
+        claim_run(tmp_path, 0, seconds=1)
+    claim_run(tmp_path, 0, seconds=LIMIT)
+    assert read_json(tmp_path / ".writer.json")["pid"] == os.getpid()
+    files._HELD.close()

@@ -118,7 +118,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         faults.start()
         faults.join()
         driver.wait(10)
-    stall = json.loads((disturbed.run_dir / "stalled.json").read_text())
+    stall = json.loads(next(disturbed.run_dir.glob("stalled_*.json")).read_text())  # by now it is survived
     at_death = read_metrics(disturbed.run_dir / "metrics.jsonl")
 
     plan = preflight(disturbed)

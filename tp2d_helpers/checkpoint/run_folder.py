@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
+import re
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
-from tp2d_helpers.checkpoint.files import write_json
+from tp2d_helpers.checkpoint.files import read_json, write_json
 from tp2d_helpers.config import Config, ConfigError, make_config
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
@@ -27,9 +30,20 @@ RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
-    """What `record_run` wrote into a run's folder: its settings and its `run_id`; empty if there is no run."""
+    """What `record_run` wrote into a run's folder: its settings and its `run_id`; empty if there is no run.
+
+    Raises:
+        ConfigError: if the file is there, and can't be read.
+    """
     path = run_dir / "config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    if not (found := read_json(path)):
+        raise ConfigError(
+            f"experiment_name = {run_dir.name!r}: {path} is damaged (empty, cut off, or not readable), so it is not "
+            "known which settings the run has. Put back a copy of it, or take another experiment_name"
+        )
+    return found
 
 
 def record_run(config: Config) -> None:
@@ -136,7 +150,9 @@ def checkpoint_tag(folder: Path) -> Path:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, whole or not, the newest first."""
-    return sorted((path for path in run_dir.glob("checkpoint_*") if path.is_dir()), reverse=True)
+    names = ((path, re.fullmatch(r"checkpoint_(\d+)(?:_(\d+))?", path.name)) for path in run_dir.glob("checkpoint_*"))
+    found = {path: (int(name[1]), int(name[2] or 1)) for path, name in names if name and path.is_dir()}
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -148,6 +164,26 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
             return folder, skipped
         skipped.append(f"{folder.name} {problem}")
     return None, skipped
+
+
+def remove_unfinished(run_dir: Path) -> list[str]:
+    """Remove what was left of writes that were cut off, and can never be used; return a line for each.
+
+    These are the run's unfinished checkpoints that are older than its newest complete one. To be called by who holds
+    the run's folder: a newer one may be about to be written. What all ranks had finished stays, damaged or not.
+    """
+    newest, _ = newest_checkpoint(run_dir)
+    found, run_id = checkpoints(run_dir), recorded(run_dir).get("run_id")
+    left = [folder for folder in found[found.index(newest) + 1 :] if not is_finished(folder)] if newest else []
+    ours = [folder for folder in left if all(read_json(part).get("run_id") == run_id for part in _manifests(folder))]
+    lines = [f"{folder.name} {problem_of(folder)}" for folder in ours]
+    for folder in ours:
+        shutil.rmtree(folder, ignore_errors=True)
+    return lines
+
+
+def _manifests(folder: Path) -> list[Path]:
+    return list(folder.glob("rank_*.json"))
 
 
 def check_origin(folder: Path, trusted: bool) -> None:
@@ -177,10 +213,10 @@ def mend_ray_snapshot(config: Config) -> None:
         listed = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
         if state["ray_version"] == importlib.metadata.version("ray") and listed == {folder.name for folder in complete}:
             return
-    metrics = {folder.name: read_manifest(folder)["metrics"] for folder in complete}
+    metrics = {folder.name: read_manifest(folder).get("metrics", {}) for folder in complete}
     order = {name: index for index, name in enumerate(metrics)}
-    if config.keep_checkpoints_by != "newest":  # Ray keeps the last of its list
-        order = dict(sorted(order.items(), key=lambda item: -metrics[item[0]][config.keep_checkpoints_by]))
+    if config.keep_checkpoints_by != "newest":  # Ray keeps the last of its list; one without the metric is the worst
+        order = dict(sorted(order.items(), key=lambda item: _score(metrics[item[0]], config.keep_checkpoints_by)))
     results = [{"checkpoint_dir_name": name, "metrics": metrics[name]} for name in order]
     latest = {"checkpoint_dir_name": complete[-1].name, "metrics": metrics[complete[-1].name]} if complete else None
     lists = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names",
@@ -188,3 +224,8 @@ def mend_ray_snapshot(config: Config) -> None:
     write_json(path, {"ray_version": importlib.metadata.version("ray"), "checkpoint_results": results,
                   "checkpoint_report_indices": list(order.values()), "latest_checkpoint_result": latest,
                   "current_report_index": len(results), **{name: [] for name in lists}})  # fmt: skip
+
+
+def _score(metrics: dict[str, Any], by: str) -> float:
+    value = metrics.get(by)
+    return -value if value is not None and math.isfinite(value) else -math.inf

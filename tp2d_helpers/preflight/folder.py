@@ -6,7 +6,17 @@ import contextlib
 import uuid
 
 from tp2d_helpers.checkpoint.files import lock_run
-from tp2d_helpers.checkpoint.run_folder import GRID, check_origin, mend_ray_snapshot, newest_checkpoint, recorded
+from tp2d_helpers.checkpoint.run_folder import (
+    GRID,
+    check_origin,
+    checkpoints,
+    is_finished,
+    mend_ray_snapshot,
+    newest_checkpoint,
+    problem_of,
+    recorded,
+    remove_unfinished,
+)
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.preflight.cluster import check_nodes
 
@@ -46,6 +56,7 @@ def check_checkpoints(config: Config, given: Config) -> list[tuple[str, str, str
     """
     run_dir, found = config.run_dir, recorded(config.run_dir)
     with lock_run(config):
+        removed = remove_unfinished(run_dir) if found else []
         mend_ray_snapshot(config)
     newest, skipped = newest_checkpoint(run_dir)
     if not found or not (newest or skipped):
@@ -60,4 +71,10 @@ def check_checkpoints(config: Config, given: Config) -> list[tuple[str, str, str
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}, so that a step keeps its "
             f"{config.global_batch_size} samples"
         )
-    return [("checkpoint", "; ".join(skipped) or "complete", ", ".join(chosen))]
+    finished = [folder for folder in checkpoints(run_dir) if is_finished(folder)]
+    damaged = [f"{folder.name} {problem}" for folder in finished if (problem := problem_of(folder))]
+    if damaged:
+        chosen.append("damaged checkpoints stay until you remove them")
+    if removed:
+        chosen.append(f"removed, as it could never be used: {'; '.join(removed)}")
+    return [("checkpoint", "; ".join(dict.fromkeys(skipped + damaged)) or "complete", ", ".join(chosen))]
