@@ -211,13 +211,29 @@ def test_a_class_that_takes_no_number_of_targets(train: Train, remote: Callable[
         assert_equal_runs(train(model, trust_remote_code=True, **grid), reference)
 
 
-def test_a_class_with_another_loss_is_refused(remote: Callable[[str], Path]) -> None:
-    code = CODE.replace("        return super", "        output = super")
-    code += "        output.loss = None if labels is None else output.loss + 0.1\n        return output\n"
+ADDED = (
+    CODE.replace("        return super", "        output = super")
+    + """
+        output.loss = None if labels is None else output.loss + 0.1
+        return output
+"""
+)
+SMOOTHED = (
+    CODE.split("    def forward")[0]
+    + """
+    def __init__(self, config):
+        super().__init__(config)
+        self.loss_function = lambda *args, **kwargs: ForCausalLMLoss(*args, **kwargs) + 0.1
+"""
+)
+
+
+@pytest.mark.parametrize("code", [ADDED, "from transformers.loss.loss_utils import ForCausalLMLoss\n" + SMOOTHED])
+def test_a_class_with_another_loss_is_refused(remote: Callable[[str], Path], code: str) -> None:
     model = remote(code)
     facts = ModelFacts.read(str(model), trust_remote_code=True)
     config = make_config(model_name=str(model), tp_size=1, dp_size=1, use_gpu=False, seq_length=64)
-    with pytest.raises(ConfigError, match=r"'mine' computes its own loss, .* the mean cross-entropy .* turn that off"):
+    with pytest.raises(ConfigError, match=r"'mine' has a loss of its own: .* the mean cross-entropy .* turn that off"):
         check_model(config.change(trust_remote_code=True), facts)
 
 
@@ -227,7 +243,7 @@ def test_an_auxiliary_loss_is_refused() -> None:
     assert not rehearse(tiny("mixtral", **shape)).own_loss
     config = tiny("mixtral", **shape, output_router_logits=True)
     assert rehearse(config).own_loss
-    with pytest.raises(ConfigError, match=r"'mixtral' computes its own loss.*\(output_router_logits\), turn that off"):
+    with pytest.raises(ConfigError, match=r"'mixtral' has a loss of its own.*\(output_router_logits\), turn that off"):
         compare_losses(config)
 
 

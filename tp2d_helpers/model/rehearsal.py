@@ -21,6 +21,7 @@ import transformers
 from deepspeed.module_inject import layers as autotp_layers
 from deepspeed.runtime.tensor_parallel.config import AUTOTP_MODE
 from transformers import masking_utils
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.dataloader import IGNORED
@@ -112,13 +113,14 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
 
 def _pass(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:
     """(the loss of a training pass, whether it had to be computed from the logits); what `train_step` does."""
+    usual = model.loss_function is ForCausalLMLoss  # which the run replaces by an equal one
     try:
         loss, counted = _forward(model)
     except (TypeError, AttributeError) as error:
         if not any(words in str(error) for words in ("unexpected keyword", "has no attribute 'loss'")):
             raise
         counted = False
-    if counted:
+    if counted and usual:
         return loss, False
     loss_from_logits(model)
     loss, counted = _forward(model)
@@ -175,7 +177,7 @@ def compare_losses(hf_config: transformers.PretrainedConfig) -> None:
         ours = model(input_ids=ids, labels=labels).loss.item()
     if abs(own - ours) > 1e-4 * abs(ours):
         raise ConfigError(
-            f"model_name: {hf_config.model_type!r} computes its own loss, without num_items_in_batch: {own:.4f} on a "
+            f"model_name: {hf_config.model_type!r} has a loss of its own: {own:.4f} on a "
             f"sample, where the mean cross-entropy of the next token is {ours:.4f}. Only the latter can be divided "
             "over micro-batches and ranks; if it adds an auxiliary loss (output_router_logits), turn that off"
         )

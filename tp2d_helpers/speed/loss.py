@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import VocabParallelLinear
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from tp2d_helpers.data.dataloader import IGNORED
@@ -91,11 +92,12 @@ def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
 
 
 def loss_from_logits(model: torch.nn.Module) -> None:
-    """Compute the loss from the model's logits, by its `loss_function`, and not by the model itself.
+    """Compute the loss from the model's logits, as `transformers` does, and not by the model itself.
 
     For a class that came with code of its own and ignores `num_items_in_batch`: the sum of the losses over a step's
     micro-batches and ranks would be a mean of means.
     """
+    model.loss_function = ForCausalLMLoss
     whole, parameters = model.forward, inspect.signature(model.forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
