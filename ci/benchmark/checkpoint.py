@@ -28,7 +28,8 @@ from ray.train import RunConfig, ScalingConfig
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES, build_model
-from tp2d_helpers.preflight.cluster import check_resources, connect
+from tp2d_helpers.preflight.cluster import check_resources
+from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.plan import Plan
 from tp2d_helpers.training.elastic import GridTrainer
 

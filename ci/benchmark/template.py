@@ -195,7 +195,7 @@ def main() -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from tp2d_helpers.preflight.cluster import connect
+    from tp2d_helpers.preflight.connection import connect
 
     job = json.loads(Path(sys.argv[1]).read_text())
     while not Path(job["go"]).exists():

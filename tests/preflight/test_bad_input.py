@@ -32,7 +32,7 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
 from tp2d_helpers.model import engine, facts
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.preflight import checks, plan
+from tp2d_helpers.preflight import checks, connection, plan
 from tp2d_helpers.preflight import cluster as ray_cluster
 from tp2d_helpers.training.metrics import read_metrics
 
@@ -307,7 +307,7 @@ def test_ray_address_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS = '127.0.0.1:9': no Ray .* answers .*; start one, or unset"):
-        ray_cluster.connect()
+        connection.connect()
 
 
 # The model

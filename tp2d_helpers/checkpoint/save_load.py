@@ -164,6 +164,8 @@ def _settle_on_new_grid(
 
 def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str]:
     """The checkpoint to load and the tag in it; on rank 0 only."""
+    for line in run_folder.remove_unfinished(run_dir):
+        print(f"removed: {line}", flush=True)
     folder, skipped = run_folder.newest_checkpoint(run_dir)
     for line in skipped:
         print(f"not used: {line}", flush=True)

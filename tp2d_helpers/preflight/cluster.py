@@ -1,24 +1,21 @@
-"""The Ray cluster: connect to it, say what it has, find out whether it has room for a run's workers."""
+"""The Ray cluster: what it has, and whether it has room for a run's workers."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import importlib
 import itertools
 import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import tp2d_helpers
 from tp2d_helpers.cache import cache_dir
 from tp2d_helpers.config import Config, ConfigError, reason
 from tp2d_helpers.model.facts import ModelFacts
@@ -29,57 +26,6 @@ WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for 
 PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
 ANSWER_SECONDS = 30  # for a node to start a process and look at the storage
 SIGHT_SECONDS = 3  # for a file to appear on another node of a network storage
-
-
-def connect() -> dict[str, float]:
-    """Connect to the Ray cluster there is (`RAY_ADDRESS`), or start one here; return its resources.
-
-    Worker logs are not sent to the notebook: every worker has a log file. The helpers travel to all nodes. What is
-    started here is for this machine alone: it listens on the loopback address, and joins no cluster it was not told of.
-
-    Raises:
-        ConfigError: if nothing answers at `RAY_ADDRESS`. Ray itself would go on asking for more than five minutes.
-    """
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        address, package = os.environ.get("RAY_ADDRESS") or "local", str(Path(tp2d_helpers.__file__).parent)
-        local = address == "local"
-        # The package's parent is on the local workers' path already; py_modules serves the other nodes.
-        env = {} if local else {"py_modules": [package]}
-        try:
-            _knock(address)
-            with _on_loopback() if local else contextlib.nullcontext():
-                ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
-        except OSError as error:
-            if local:
-                raise
-            raise ConfigError(
-                f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
-                "start one, or unset RAY_ADDRESS to use this machine alone. "
-                "One that asks for a token needs RAY_AUTH_MODE=token and the token here, too."
-            ) from error
-    return ray.cluster_resources()
-
-
-def _knock(address: str) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # and not "auto" or "local"
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray that starts within takes 127.0.0.1 for its node's address, and binds to nothing else.
-
-    `ray.init(_node_ip_address="127.0.0.1")` does not: Ray replaces a loopback address by the outside one, and then
-    binds to all. Only where it takes clusters for impossible (its default on macOS and Windows) it stays inside.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def loopback_variables() -> dict[str, str]:
@@ -187,7 +133,7 @@ def describe_placement(config: Config, model: ModelFacts, counts: list[int]) -> 
 def check_nodes(config: Config, probe: Path) -> str:
     """Let each node that may get workers look for the driver's file `probe`, and for local models and data.
 
-    Each writes a file beside the probe, too, and builds the demo's model if it hasn't yet.
+    Each looks at its environment and writes a file beside the probe, too, and builds the demo's model if it hasn't yet.
 
     Returns:
         What was found, in words; nothing for a cluster of one node.
@@ -213,6 +159,8 @@ def check_nodes(config: Config, probe: Path) -> str:
                 name, trouble = ray.get(task)
             except ray.exceptions.RayError as error:
                 trouble = f"can't look there ({reason(error)})"
+        if not name:
+            raise ConfigError(f"node {address}: {trouble}")
         if not trouble and look({name: own}, SIGHT_SECONDS)[1]:
             trouble = "wrote a file there that the driver does not see"
         if trouble:
@@ -225,7 +173,15 @@ def _look() -> Callable[..., tuple[str, str]]:
     """The task of `check_nodes`, a local function: it travels whole, and no node imports PyTorch to find a file."""
 
     def look(paths: dict[str, str], seconds: float, own: str = "", demo: bool = False) -> tuple[str, str]:
-        """(parameter at fault, why): what this node doesn't see of `paths` within `seconds`; "" if all is well."""
+        """(parameter at fault, why): what this node doesn't see of `paths` within `seconds`; "" if all is well.
+
+        No parameter, if it is the node's environment.
+        """
+        if own:
+            try:
+                importlib.import_module("tp2d_helpers.preflight.environment").check_environment()
+            except ValueError as error:
+                return "", str(error)
         if demo and not Path(paths["model_name"]).exists():
             importlib.import_module("tp2d_helpers.demo").demo_model()
         end = time.monotonic() + seconds

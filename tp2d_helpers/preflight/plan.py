@@ -27,11 +27,11 @@ from tp2d_helpers.preflight.checks import (
 from tp2d_helpers.preflight.cluster import (
     check_placement,
     check_resources,
-    connect,
     describe_cluster,
     describe_placement,
     loopback_variables,
 )
+from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes

@@ -1,0 +1,131 @@
+"""What would keep Ray from starting, or end a run with another library's error, is told in a line, and in time."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import ray
+from grid import IMPORT_PATH
+
+from tp2d_helpers.config import ConfigError
+from tp2d_helpers.preflight import connection
+from tp2d_helpers.preflight.environment import check_environment
+
+FOLDERS = ("TP2D_CACHE", "HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "RAY_TMPDIR", "TMPDIR", "RAY_AUTH_TOKEN",
+           "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder, on which all caches depend."""
+    for name in FOLDERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, value, parts", [
+    ("RAY_TRAIN_V2_ENABLED", "0", ["turns off the version of Ray Train", "unset it"]),
+    ("RAY_TRAIN_V2_ENABLED", "yes", ["turns off the version of Ray Train", "unset it"]),  # as Ray reads it
+    ("DS_ACCELERATOR", "xpu", ["a device that this does not know"]),
+    ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1", ["lets checkpoints execute code"]),
+    ("TP2D_CACHE", "/proc/cache", ["/proc/cache can't be written", "set it to a folder that can"]),
+    ("TP2D_CACHE", "cache", ["no absolute path", "set it to /"]),
+    ("HF_HOME", "/proc/hf", ["/proc/hf/datasets can't be written", "set it to a folder that can"]),
+    ("HF_DATASETS_CACHE", "/proc/hf", ["/proc/hf can't be written"]),
+    ("RAY_TMPDIR", "/proc/ray", ["/proc/ray can't be written"]),
+    ("GLOO_SOCKET_IFNAME", "eth77", ["there is no such interface, but ", "lo"]),
+    ("NCCL_SOCKET_IFNAME", "eth77,=ib", ["there is no such interface"]),
+])  # fmt: skip
+def test_a_variable_that_stands_in_the_way(
+    home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, parts: list[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        check_environment(starts_ray=True)
+    message = str(caught.value)
+    assert message.startswith(f"{name} = {value!r}: ") and "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("name, value", [
+    ("RAY_TRAIN_V2_ENABLED", "1"), ("RAY_TRAIN_V2_ENABLED", "True"), ("DS_ACCELERATOR", "cpu"),
+    ("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_SOCKET_IFNAME", "^docker"), ("NCCL_SOCKET_IFNAME", "l"),
+])  # fmt: skip
+def test_a_variable_that_does_not(home: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    check_environment(starts_ray=True)
+
+
+def test_a_home_that_cannot_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused only as far as it is needed: everything that goes there can go elsewhere."""
+    monkeypatch.setenv("HOME", "/proc")
+    with pytest.raises(ConfigError) as caught:
+        check_environment(starts_ray=True)
+    message = str(caught.value)
+    assert message.startswith("HOME = '/proc': /proc/.cache/tp2d can't be written (") and "\n" not in message
+    assert message.endswith("set HOME to a folder that can, or TP2D_CACHE, HF_HOME, RAY_AUTH_TOKEN_PATH")
+    for name in ("TP2D_CACHE", "HF_HOME", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, str(home / name))
+    check_environment(starts_ray=True)
+
+
+def test_a_user_without_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any user id."""
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    monkeypatch.delenv("USER", raising=False)
+    with pytest.raises(ConfigError, match=r"^USER = not set: .*set USER to any name$"):
+        check_environment()
+
+
+def test_an_address_at_which_something_else_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and says nothing. Ray would wait for more than three minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(connection, "HEALTH_SECONDS", 4)
+        with pytest.raises(ConfigError, match=rf"RAY_ADDRESS = '{address}': no Ray cluster answers there"):
+            connection.connect()
+
+
+LAUNCH = """
+import ray, sys
+from tp2d_helpers.preflight import connection
+
+quote, connection.shlex.quote, connection.WORKER_SECONDS = connection.shlex.quote, lambda text: text, 5
+try:
+    connection.connect()
+except ValueError as error:
+    print(error)
+connection.shlex.quote, connection.WORKER_SECONDS = quote, 60
+connection.connect()
+print(ray.get(ray.remote(lambda: sys.executable).options(runtime_env={"env_vars": {"A": "b"}}).remote()))
+"""
+
+
+def test_a_python_with_a_space_in_its_path(tmp_path: Path) -> None:
+    """Its workers start. Where they don't, whatever the reason is, that is said after a limit of time."""
+    folder = tmp_path / "my $env; (1)"
+    venv.EnvBuilder(symlinks=True).create(folder)
+    path = os.pathsep.join([IMPORT_PATH, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    environment = os.environ | {"PYTHONPATH": path, "RAY_TMPDIR": "/tmp"}
+    command = [str(folder / "bin" / "python"), "-c", LAUNCH]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    refused, python = ran.stdout.splitlines()
+    assert refused.startswith("Ray answers, but starts no worker process within 5 s (GetTimeoutError")
+    assert str(folder) in refused and python == str(folder / "bin" / "python")
+    assert sys.executable != python

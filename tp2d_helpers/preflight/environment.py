@@ -1,0 +1,104 @@
+"""What of the process's environment would end a run with another library's error: looked at before Ray starts."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from tp2d_helpers.cache import cache_dir
+from tp2d_helpers.config import ConfigError, reason
+
+# {variable: (its good values, None for "not set", what it would do)}
+SWITCHES: dict[str, tuple[set[str | None], str]] = {
+    "RAY_TRAIN_V2_ENABLED": ({None, "1", "true"}, "turns off the version of Ray Train that this needs"),
+    "DS_ACCELERATOR": ({None, "cpu", "cuda"}, "is a device that this does not know"),
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": (
+        {None, "", "0", "n", "no", "false"},
+        "lets checkpoints execute code, and PyTorch refuses it together with what keeps them from it",
+    ),
+}
+
+
+def check_environment(starts_ray: bool = False) -> None:
+    """Look at the variables and folders that Ray, DeepSpeed, PyTorch and the caches depend on.
+
+    Args:
+        starts_ray: a Ray of this machine's own will be started.
+
+    Raises:
+        ConfigError: one line with the variable, its value, and what to set.
+    """
+    for name, (good, what) in SWITCHES.items():
+        if (value := os.environ.get(name)) not in good and (value or "").lower() not in good:
+            _refuse(name, what, "unset it, and start Python again")
+    try:
+        getpass.getuser()  # which PyTorch's compiler asks for
+    except (KeyError, OSError):
+        _refuse("USER", f"and the user id {os.getuid()} has no name in this system", "set USER to any name")
+    try:
+        folders = _caches() | (_rays() if starts_ray else {})
+    except RuntimeError as error:  # of `Path.home`
+        _refuse("HOME", f"and there is no home folder ({reason(error)})", "set HOME to a folder that can be written")
+    _check_folders(folders)
+    if starts_ray:
+        _check_interfaces()
+
+
+def _check_folders(folders: dict[str, Path]) -> None:
+    lacking = {}
+    for name, folder in folders.items():
+        if not folder.is_absolute():
+            _refuse(name, "no absolute path, and workers have another working folder", f"set it to {folder.absolute()}")
+        if (trouble := _cannot_write(folder)) and name in os.environ:
+            _refuse(name, f"{folder} can't be written ({trouble})", "set it to a folder that can")
+        if trouble:
+            lacking[name] = f"{folder} can't be written ({trouble})"
+    if lacking:
+        _refuse("HOME", "; ".join(lacking.values()), f"set HOME to a folder that can, or {', '.join(lacking)}")
+
+
+def _refuse(name: str, what: str, cure: str) -> None:
+    value = repr(os.environ[name]) if name in os.environ else "not set"
+    raise ConfigError(f"{name} = {value}: {what}; {cure}")
+
+
+def _caches() -> dict[str, Path]:
+    """{variable: folder} of what every node builds or fetches: models, tokens, kernels; data sets."""
+    variable = next((name for name in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME") if os.environ.get(name)), "")
+    parts = {"HF_HOME": "datasets", "XDG_CACHE_HOME": "huggingface/datasets"}
+    folder = Path(os.environ.get(variable) or "~/.cache/huggingface/datasets", parts.get(variable, "")).expanduser()
+    return {"TP2D_CACHE": cache_dir(), variable or "HF_HOME": folder}
+
+
+def _rays() -> dict[str, Path]:
+    """{variable: folder} of what Ray writes as it starts: its sockets and logs, and a token, unless there is one."""
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    folders = {"RAY_TMPDIR": Path(temporary)}
+    token, off = Path("~/.ray/auth_token").expanduser(), os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
+    if not (off or token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)):
+        folders["RAY_AUTH_TOKEN_PATH"] = token.parent
+    return folders
+
+
+def _cannot_write(folder: Path) -> str:
+    """Why not; "" if it can be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.strerror or reason(error)
+    return ""
+
+
+def _check_interfaces() -> None:
+    """The network interfaces that gloo, by name, and NCCL, by the beginning of a name, are told to use are there."""
+    there = sorted(name for _, name in socket.if_nameindex())
+    for variable, matches in (("GLOO_SOCKET_IFNAME", str.__eq__), ("NCCL_SOCKET_IFNAME", str.startswith)):
+        wanted = os.environ.get(variable, "")
+        named = wanted.removeprefix("=").split(",")
+        found = any(matches(name, asked) for name in there for asked in named)
+        if wanted and not wanted.startswith("^") and not found:
+            _refuse(variable, f"there is no such interface, but {', '.join(there)}", "unset it")
