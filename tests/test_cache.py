@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,11 +52,14 @@ def last_changed(path: Path, days: float) -> None:
 def test_what_a_dead_builder_left_is_removed_and_what_a_live_one_builds_is_not(folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": IMPORT_PATH}
     command = [sys.executable, "-c", BUILDER, "tokens-a"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as builder:
+    builder = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
         scratch = builder.stdout.readline().strip()
         last_changed(folder / scratch, 100)  # age alone does not make it nobody's
         assert clear_cache() == [] and folders(folder) == [scratch]
-        builder.send_signal(signal.SIGKILL)
+    finally:
+        builder.kill()
+        builder.communicate()
     assert clear_cache() == [scratch] and folders(folder) == []
     assert make(folder, "tokens-a").exists()
 
@@ -104,3 +107,23 @@ def test_a_cache_that_can_only_be_read(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(cache.os, "utime", refuse)
     assert make(folder, "tokens-a").exists()
+
+
+def test_a_builder_is_waited_for_as_long_as_it_takes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a word, after a while; once it was an error after an hour."""
+    monkeypatch.setattr(cache, "SILENT_SECONDS", 0.2)
+    begun = threading.Event()
+
+    def build(scratch: Path) -> None:
+        begun.set()
+        time.sleep(1)
+        (scratch / "file").write_text("first")
+
+    builder = threading.Thread(target=build_once, args=(folder / "tokens-b", build))
+    builder.start()
+    assert begun.wait(10)
+    assert (make(folder, "tokens-b") / "file").read_text() == "first"
+    assert capsys.readouterr().out == f"waiting for another process that makes {folder}/tokens-b\n"
+    builder.join()
