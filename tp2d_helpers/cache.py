@@ -12,12 +12,13 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 DAY = 24 * 3600  # seconds
+SILENT_SECONDS = 10  # of waiting for another process
 UNUSED_DAYS = 30  # after which tokens are removed; a later run makes them again
 
 
@@ -26,15 +27,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TP2D_CACHE", "~/.cache/tp2d")).expanduser()
 
 
-def build_once(folder: Path, build: Callable[[Path], None], timeout: float = 3600) -> Path:
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return `folder`, filled by `build` if it isn't there yet. Its time of last change becomes that of its last use.
 
     Safe when many processes call it at once: one builds into a temporary folder beside it, which then takes the name
-    in one step, and the others wait for at most `timeout` seconds (`filelock.Timeout` after that).
+    in one step, and the others wait, as long as it lives.
     """
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, timeout):
+        with _wait_for_turn(folder):
             if not folder.exists():
                 scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.{_host()}.", dir=folder.parent))
                 try:
@@ -79,6 +80,21 @@ def _publish(scratch: Path, folder: Path) -> None:
 
 def _lock(folder: Path, timeout: float) -> FileLock:
     return FileLock(folder.with_name(folder.name + ".lock"), timeout=timeout)
+
+
+@contextlib.contextmanager
+def _wait_for_turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; if that takes a while, say why."""
+    lock = _lock(folder, timeout=SILENT_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        print(f"waiting for another process that makes {folder}", flush=True)
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _host() -> str:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from tp2d_helpers.checkpoint.save_load import Progress
 
 MOST_NAMED = 8  # ranks, in one message
-BUSY = 0.1  # of a core: a start that takes more is at work; Ray's own threads in a worker take a hundredth
-BLOCKS = 2048  # of 512 bytes, read or written since the last beat: the same
+BUSY = 0.05  # of a core: a start that takes more is at work; Ray's own threads in a worker take a hundredth
+MOVED = 2**20  # bytes read or written since the last beat: the same
 
 Batch = TypeVar("Batch")
 
@@ -89,7 +89,7 @@ class Watchdog:
         looked, again, before, work = None, 0.0, time.monotonic(), _work()
         while not self.closed.wait(interval):
             now, place, worked, work = time.monotonic(), heartbeat.here(), work, _work()
-            busy = work[0] - worked[0] > BUSY * (now - before) or work[1] - worked[1] > BLOCKS
+            busy = work[0] - worked[0] > BUSY * (now - before) or work[1] - worked[1] > MOVED
             # A process that was frozen itself knows nothing of the others.
             if now - before > self.seconds / 2 or (place.starting and busy):
                 self.patient_since = now
@@ -169,9 +169,12 @@ class Watchdog:
 
 
 def _work() -> tuple[float, int]:
-    """(seconds of CPU time, blocks of storage) that this process has used."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime, used.ru_inblock + used.ru_oublock
+    """(seconds of CPU time, bytes read or written) of this process: by calls, and by page faults in mapped files."""
+    used, moved = resource.getrusage(resource.RUSAGE_SELF), 0
+    with contextlib.suppress(OSError):  # a system without it
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        moved = int(counts["rchar"]) + int(counts["wchar"])
+    return used.ru_utime + used.ru_stime, moved + used.ru_majflt * resource.getpagesize()
 
 
 def _say(ranks: list[int], beats: dict[int, dict[str, Any]], verbs: tuple[str, str], what: str) -> list[str]:
