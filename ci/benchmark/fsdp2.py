@@ -190,7 +190,7 @@ def clip_gradients(parameters: list[torch.nn.Parameter], copied: torch.Tensor, m
 
 
 def micro_pipeline_tp(mesh: DeviceMesh) -> None:
-    """Let the compiler split gathers and scatters of the sequence so that they overlap with matrix products."""
+    """Let the compiler split gathers and scatters of the sequence so that they overlap with matmuls."""
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     torch._inductor.config._micro_pipeline_tp = True

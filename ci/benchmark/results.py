@@ -8,7 +8,7 @@ from typing import Any
 from lineup import OURS, labels
 
 FORMULA = (
-    "MFU = (6·N + 6·L·h·s) · tokens/s / GPUs / peak FLOP/s; N: weights of all matrix products, the output head "
+    "MFU = (6·N + 6·L·h·s) · tokens/s / GPUs / peak FLOP/s; N: weights of all matmuls, the output head "
     "included, the embedding not; L layers, h hidden size, s sequence length"
 )
 

@@ -190,7 +190,7 @@ def _skip_all_reduces_of(function: str) -> None:
 
 
 def _skip_the_forward_all_reduce(names: dict[str, Any]) -> None:
-    _skip_all_reduces_of("row_product")
+    _skip_all_reduces_of("row_matmul")
 
 
 def _skip_the_backward_all_reduce(names: dict[str, Any]) -> None:

@@ -42,10 +42,10 @@ def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_work_by_hand(ideal: None) -> None:
     """3 tokens, 2 micro-batches, tp 1: products with their traffic, attention, the optimizer and its norm."""
     found = step_time(SHARD, Setting(seq_length=3, gradient_accumulation_steps=2, optimizations=ON_GPU), SIMPLE)
-    products = [*LAYER, *LAYER, (8, 32)]
-    work = sum(3 * 2 * 3 * k * n for k, n in products) / 1000
-    traffic = sum(3 * 2 * (3 * k + k * n + 3 * n) for k, n in products) / 100
-    assert found.products == pytest.approx(2 * (work + traffic))
+    matmuls = [*LAYER, *LAYER, (8, 32)]
+    work = sum(3 * 2 * 3 * k * n for k, n in matmuls) / 1000
+    traffic = sum(3 * 2 * (3 * k + k * n + 3 * n) for k, n in matmuls) / 100
+    assert found.matmuls == pytest.approx(2 * (work + traffic))
     assert found.attention == pytest.approx(2 * 3 * 6 * 2 * 8 * 3 / 1000)
     passes = 2 * 2 * (30 * 8 + 8 * 12 + 12 * 16) + 8 * 32
     assert found.element_wise == pytest.approx(2 * 3 * passes / 100)
@@ -96,12 +96,12 @@ def test_the_host_is_the_floor(ideal: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_recomputation_costs_a_forward_pass(ideal: None) -> None:
-    """A third more of the layers' products, none of the head's, and two more all-reduces per layer."""
+    """A third more of the layers' matmuls, none of the head's, and two more all-reduces per layer."""
     setting = Setting(tp_size=2, seq_length=3)
     plain = step_time(SHARD, setting, SIMPLE)
     full = step_time(SHARD, replace(setting, activation_checkpointing="full"), SIMPLE)
     forward = [2 * (2 * 3 * k * n / 1000 + 2 * (3 * k + k * n + 3 * n) / 100) for k, n in LAYER]
-    assert full.products - plain.products == pytest.approx(sum(forward))
+    assert full.matmuls - plain.matmuls == pytest.approx(sum(forward))
     assert full.tp_communication - plain.tp_communication == pytest.approx(2 * 2 * 2 * 3 * 8 / 10)
 
 

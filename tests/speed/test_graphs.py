@@ -229,7 +229,7 @@ def test_sums_in_a_graph(tmp_path: Path) -> None:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            z = torch.ops.tp2d.row_product(y, weight, name)
+            z = torch.ops.tp2d.row_matmul(y, weight, name)
             dx, _ = torch.ops.tp2d.column_gradients(y, [z], [weight], name)
         for factor in (2, 3):
             y.fill_(factor)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tp2d_helpers.speed import reductions
-from tp2d_helpers.speed.layers import ColumnProducts
+from tp2d_helpers.speed.layers import ColumnMatmuls
 
 
 class Alone:
@@ -38,7 +38,7 @@ def test_biases_of_some_of_the_layers(
     inputs = [tensor for tensor in (x, *weights, *biases) if tensor is not None]
     results = []
     for outputs in (
-        ColumnProducts.apply(x, "alone", *weights, *biases),
+        ColumnMatmuls.apply(x, "alone", *weights, *biases),
         [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)],
     ):
         loss = sum((output**2).sum() for output in outputs)

@@ -38,7 +38,7 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
         whole = lambda *shape: torch.randint(-1, 2, shape).to(device, dtype)  # noqa: E731
         y, row, x, column, gradient = whole(tokens, K), whole(N, K), whole(tokens, K), whole(N, K), whole(tokens, N)
         half = slice(rank * K // 2, (rank + 1) * K // 2)
-        z = torch.ops.tp2d.row_product(y[:, half].contiguous(), row[:, half].contiguous(), group.group_name)
+        z = torch.ops.tp2d.row_matmul(y[:, half].contiguous(), row[:, half].contiguous(), group.group_name)
         assert torch.equal(z, y @ row.T), f"row product {step}"
         half = slice(rank * N // 2, (rank + 1) * N // 2)
         parts, weights = gradient[:, half].split(N // 4, 1), column[half].split(N // 4)

@@ -21,9 +21,9 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 # (hidden, query, key-value, mlp) width per token. The first width is whole on each rank of a TP group, the others are
 # divided by tp_size: Korthikanti et al. 2022, section 4, without its sequence parallelism.
 #   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
-#              attention's output; gate, silu(gate), up, their product
+#              attention's output; gate, silu(gate), up, their elementwise product
 #   compiled   the layer's input, the norms' outputs, the attention block's output; q, k, v; the attention's output;
-#              gate, up, and their product, an input of a matrix product of the backward pass
+#              gate, up, and their elementwise product, an input of a matmul of the backward pass
 #   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
 #              the group, beside the parts
 #   full       the layer's input
@@ -78,7 +78,7 @@ class Setting:
 
     @property
     def copied_in_halves(self) -> bool:
-        """Whether half of a block's forward sum travels while the other half is computed (`reductions.row_product`)."""
+        """Whether half of a block's output is all-reduced while the rest is computed (`reductions.row_matmul`)."""
         return peers_copy(self.optimizations, self.tp_size) and self.tokens >= ROWS_TO_HALVE
 
     def replays(self, shard: Shard) -> bool:

@@ -1,6 +1,6 @@
 """How long a step takes on given GPUs, and how that scales over nodes: seconds, out of a run's config alone.
 
-A roofline (Williams et al. 2009) with the sums that it needs and no more: matrix products at a share of the peak plus
+A roofline (Williams et al. 2009) with the terms that it needs and no more: matmuls at a share of the peak plus
 their own traffic, element-wise passes and the optimizer at the bandwidth of the memory, collectives at that of the
 links, and never faster than the host launches kernels. `MEASURED` has every number that isn't a datasheet's.
 """
@@ -29,7 +29,7 @@ class Network:
 # Of runs on two H200 of one host, torch 2.11, NCCL 2.28; tests/planning/test_step_time.py compares them all.
 # In brackets, where a number is from: a profile is that of Qwen2-7B at tp 2, 4 × 4096 tokens per micro-batch.
 MEASURED = {
-    "products": 0.73,  # share of the peak that a large matrix product reaches, its memory traffic apart (fit)
+    "matmuls": 0.73,  # share of the peak that a large matmul reaches, its memory traffic apart (fit)
     "attention": 0.37,  # the same for flash attention, forward and backward (profile)
     "memory": 0.86,  # of the memory's bandwidth (profile: the kernel of the optimizer's step)
     "links": 0.62,  # of the links' bandwidth, in an all-reduce of 117 MB (alone 0.67, in the profile 0.58)
@@ -51,7 +51,7 @@ HOST_STEP = 4e-3  # seconds on the host per optimizer step
 class StepTime:
     """Seconds of an optimizer step. Communication is what isn't hidden; `host` what the GPU waits for launches."""
 
-    products: float
+    matmuls: float
     attention: float
     element_wise: float
     tp_communication: float
@@ -74,28 +74,28 @@ def step_time(shard: Shard, setting: Setting, device: Device, network: Network |
     """
     network, count = network or Network(), setting.gradient_accumulation_steps
     how = "compiled" if "compile" in setting.optimizations else "eager"
-    products, attention = _products(shard, setting, device), _attention(shard, setting, device)
+    matmuls, attention = _matmuls(shard, setting, device), _attention(shard, setting, device)
     element_wise, tp = _element_wise(shard, setting, device), _tp_seconds(shard, setting, device, network)
-    micro = products + attention + element_wise + tp
+    micro = matmuls + attention + element_wise + tp
     backward = 2 / 3 * micro * {2: count, 3: 0}.get(setting.zero_stage, 1)
     dp = _dp_seconds(shard, setting, device, network, MEASURED["hidden"] * backward)
     optimizer = _optimizer(shard, setting, device)
     host = HOST_LAYER["graph" if setting.replays(shard) else how] * shard.layers * count + HOST_STEP
     return StepTime(
-        products * count, attention * count, element_wise * count, tp * count, dp, optimizer,
+        matmuls * count, attention * count, element_wise * count, tp * count, dp, optimizer,
         host=max(0.0, host - micro * count - dp - optimizer),
     )  # fmt: skip
 
 
-def _products(shard: Shard, setting: Setting, device: Device) -> float:
-    """Matrix products of a micro-batch: 2·m·k·n operations each, thrice (forward, and two in the backward pass).
+def _matmuls(shard: Shard, setting: Setting, device: Device) -> float:
+    """Matmuls of a micro-batch: 2·m·k·n operations each, thrice (forward, and two in the backward pass).
 
-    m is the tokens. Each also moves its three matrices once, which is what makes narrow products slow.
+    m is the tokens. Each also moves its three matrices once, which is what makes narrow matmuls slow.
     """
     times = 4 if setting.activation_checkpointing == "full" else 3
     shapes = [(times, *shape) for shape in shard.layer_matmuls] * shard.layers
     shapes += [(3, shard.hidden, shard.vocabulary)]
-    m, rate = setting.tokens, device.peak * MEASURED["products"]
+    m, rate = setting.tokens, device.peak * MEASURED["matmuls"]
     work = sum(t * 2 * m * k * n for t, k, n in shapes) / rate
     return work + _moved(sum(t * setting.width * (m * k + k * n + m * n) for t, k, n in shapes), device)
 
@@ -137,9 +137,9 @@ def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
 
 
 def _weight_gradients(shard: Shard, setting: Setting, device: Device) -> float:
-    """Products of a micro-batch that make the gradients of the column-wise weights: all but a block's last."""
+    """Matmuls of a micro-batch that make the gradients of the column-wise weights: all but a block's last."""
     columns = sum(k * n for k, n in shard.layer_matmuls) - shard.hidden * (shard.query + shard.mlp)
-    return shard.layers * 2 * setting.tokens * columns / (device.peak * MEASURED["products"])
+    return shard.layers * 2 * setting.tokens * columns / (device.peak * MEASURED["matmuls"])
 
 
 def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network, hidden: float) -> float:

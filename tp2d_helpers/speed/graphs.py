@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from tp2d_helpers.speed.agreement import first_trouble
 
 # Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
-# them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at the 0.45 PFLOP/s of small products.
+# them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at the 0.45 PFLOP/s of small matmuls.
 HOST_BOUND = 1.25e12
 
 _replayed = 0  # bytes that graphs use while they run, and that the allocator takes for free

@@ -1,8 +1,8 @@
 """What makes the sharded layers fast: fewer all-reduces, compiled layers, activation checkpointing.
 
-AutoTP puts a collective into every layer that it shards, as a call that breaks a compiler's graph. Here a product and
-its sum over the TP group are one operator of `reductions.py`, so that a decoder layer becomes one graph, and the sum
-travels while another product is computed.
+AutoTP puts a collective into every layer that it shards, as a call that breaks a compiler's graph. Here a matmul
+and its all-reduce over the TP group are one operator of `reductions.py`, so that a decoder layer becomes one graph, and
+the all-reduce runs while another matmul is computed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tp2d_helpers.config import ConfigError
 from tp2d_helpers.speed import reductions
 
 
-class ColumnProducts(torch.autograd.Function):
+class ColumnMatmuls(torch.autograd.Function):
     """Y_i = X A_iᵀ + b_i for all column-wise layers that share the input X: q, k and v, or gate and up.
 
     The gradient of X is summed over the TP group once, for all of them: f in Megatron-LM (Shoeybi et al. 2019, section
-    3). Layers of unequal width are computed as one product: those of few key-value heads alone can't fill a GPU.
+    3). Layers of unequal width are computed as one matmul: those of few key-value heads alone can't fill a GPU.
     """
 
     @staticmethod
@@ -59,14 +59,14 @@ class ColumnProducts(torch.autograd.Function):
         return dx.view_as(x), None, *dw, *(b if biased else None for b, biased in zip(db, ctx.biased, strict=True))
 
 
-class RowProduct(torch.autograd.Function):
+class RowMatmul(torch.autograd.Function):
     """Z = Σ Y Aᵀ over the TP group; each part's gradient is Z's: g in Megatron-LM."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
         """[..., n] from y [..., k/t] and the weight [n, k/t]."""
         ctx.save_for_backward(y, weight)
-        return torch.ops.tp2d.row_product(y, weight, group)
+        return torch.ops.tp2d.row_matmul(y, weight, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -76,7 +76,7 @@ class RowProduct(torch.autograd.Function):
 
 
 class ColumnLinear(LinearLayer):
-    """Hands out its part of its block's `ColumnProducts`."""
+    """Hands out its part of its block's `ColumnMatmuls`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n/t]; x [..., k] has been multiplied as its block was entered."""
@@ -85,11 +85,11 @@ class ColumnLinear(LinearLayer):
 
 
 class RowLinear(LinearAllreduce):
-    """AutoTP's row-wise layer, its product and its sum as one operator."""
+    """AutoTP's row-wise layer, its matmul and its all-reduce as one operator."""
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """[..., n], the same on all ranks, from y [..., k/t]."""
-        z = RowProduct.apply(y, self.weight, self.mp_group.group_name)
+        z = RowMatmul.apply(y, self.weight, self.mp_group.group_name)
         return z if self.bias is None else z + self.bias
 
 
@@ -98,7 +98,7 @@ class VocabLinear(VocabParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., V/t], from x [..., h]."""
-        return ColumnProducts.apply(x, self.mp_group.group_name, self.weight, self.bias)[0]
+        return ColumnMatmuls.apply(x, self.mp_group.group_name, self.weight, self.bias)[0]
 
 
 FASTER = {LinearAllreduce: RowLinear, VocabParallelLinear: VocabLinear}
@@ -138,7 +138,7 @@ def _enter_block(columns: list[ColumnLinear], _: torch.nn.Module, args: tuple, k
     x = block_input(args, kwargs)
     weights, biases = [column.weight for column in columns], [column.bias for column in columns]
     group = columns[0].mp_group.group_name
-    for column, part in zip(columns, ColumnProducts.apply(x, group, *weights, *biases), strict=True):
+    for column, part in zip(columns, ColumnMatmuls.apply(x, group, *weights, *biases), strict=True):
         column.part = part
 
 
@@ -177,12 +177,12 @@ def compile_layers(model: torch.nn.Module) -> None:
         layer.compile(dynamic=False)
 
 
-# What "selective" checkpointing keeps: the results of matrix products, attention and communication. The element-wise
+# What "selective" checkpointing keeps: the results of matmuls, attention and communication. The element-wise
 # rest is cheap to compute again.
-KEPT = {"mm", "addmm", "bmm", "row_product"}
+KEPT = {"mm", "addmm", "bmm", "row_matmul"}
 
 
-def _keep_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keep_matmuls(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else ""
     keep = name in KEPT or name.startswith("_scaled_dot_product")
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
@@ -194,6 +194,6 @@ def checkpoint_layers(model: torch.nn.Module, mode: str) -> None:
         return
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, **kwargs)

@@ -45,7 +45,7 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
 
 
 def peers_copy(names: Collection[str], tp_size: int) -> bool:
-    """Whether a TP group's sums may travel as copies: it has two peers, and the sums are our own."""
+    """Whether a TP group's all-reduces may travel as copies: it has two peers, and the operators are this package's."""
     return tp_size == 2 and {"block_all_reduce", "peer_copies"}.issubset(names)
 
 
@@ -66,7 +66,7 @@ def optimize(
         layers.reduce_once_per_block(model, blocks)
     if "peer_copies" in names:
         elements = math.prod(shape) * model.config.get_text_config().hidden_size
-        _say("no peer_copies, NCCL sums", reductions.copy_between_peers(tp_group, elements, model.dtype))
+        _say("no peer_copies but NCCL", reductions.copy_between_peers(tp_group, elements, model.dtype))
     if "fused_loss" in names:
         fuse_loss(model, "compile" in names)
     if "fused_step" in names:

@@ -1,8 +1,8 @@
-"""Matrix products whose results are summed over the TP group while the next product runs.
+"""Matmuls whose results are all-reduced over the TP group while the next matmul runs.
 
 They are operators of their own, which a compiler takes as they are, so that what overlaps is written here and doesn't
-depend on its order. With two GPUs per TP group the parts travel by copy engines: NCCL's kernels take multiprocessors
-from the products beside them, and hide nothing (measured: ci/benchmark/README.md, "What bounds the speed").
+depend on its order. With two GPUs per TP group the parts travel by copy engines: NCCL's kernels take SMs from
+the matmuls beside them, and hide nothing (measured: ci/benchmark/README.md, "What bounds the speed").
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 
 OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-ROWS_TO_HALVE = 4096  # from so many on, half a product takes half its time
+ROWS_TO_HALVE = 4096  # from so many on, half a matmul takes half its time
 BYTES_TO_COPY = 2**22  # from so many on; before, launching the copies takes longer than a collective
 
 
 class Collectives:
-    """Sums by NCCL or Gloo."""
+    """All-reduces by NCCL or Gloo."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.works = group, []
 
     def begin(self, part: torch.Tensor) -> None:
-        """Start to sum `part`, contiguous, in place. It must not be touched before `finish`."""
+        """Start to all-reduce `part`, contiguous, in place. It must not be touched before `finish`."""
         self.works.append(dist.all_reduce(part, group=self.group, async_op=True))
 
     def finish(self) -> None:
-        """Let the device wait for the sums."""
+        """Let the device wait for the all-reduces."""
         while self.works:
             self.works.pop(0).wait()
 
 
 class PeerCopies(Collectives):
-    """Sums over two GPUs of a node: each writes its part into the other's inbox, by copy engine, and adds.
+    """All-reduces over two GPUs of a node: each writes its part into the other's inbox, by copy engine, and adds.
 
-    There are two inboxes, used in turn. Whoever has received the peer's part of one sum knows that the peer is through
-    with the sum before it, so the inbox of that one is free.
+    There are two inboxes, used in turn. Whoever has received the peer's part of one all-reduce knows that the peer is
+    through with the one before it, so the inbox of that one is free.
     """
 
     def __init__(self, group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> None:
-        """Collective over `group`; `elements` is the size of the largest tensor to sum."""
+        """Collective over `group`; `elements` is the size of the largest tensor to all-reduce."""
         super().__init__(group)
         inboxes = symmetric_memory.empty(2 * elements, dtype=dtype, device=torch.device("cuda"))
         self.handle = symmetric_memory.rendezvous(inboxes, group)
@@ -66,7 +66,7 @@ class PeerCopies(Collectives):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outbox[place].copy_(part.view(-1))
-            # Written by the stream itself: a kernel would have to wait for a multiprocessor. The place is that of
+            # Written by the stream itself: a kernel would have to wait for an SM. The place is that of
             # `wait_signal`.
             symmetric_memory._SymmetricMemory.stream_write_value32(self.signals, 2 * channel + self.rank, 1)
         self.pending.append((part, inbox[place], channel, self.stream.record_event()))
@@ -93,10 +93,10 @@ def register(group: dist.ProcessGroup) -> None:
 
 
 def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
-    """Let the sums over a group of two GPUs use `PeerCopies`, if all groups' can. Collective over the world.
+    """Let the all-reduces over a group of two GPUs use `PeerCopies`, if all groups' can. Collective over the world.
 
     Args:
-        elements: of the largest tensor to sum; larger ones go by NCCL.
+        elements: of the largest tensor to all-reduce; larger ones go by NCCL.
 
     Returns:
         why they can't, the same on all ranks; "" if they do.
@@ -118,7 +118,7 @@ def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dty
     return trouble
 
 
-def row_product(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
+def row_matmul(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
     """Z = Σ Y Wᵀ over the TP group. The first half travels while the second is computed.
 
     Args:
@@ -165,9 +165,9 @@ def all_reduce(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
 
 _library = torch.library.Library("tp2d", "DEF")
 _library.define("all_reduce(Tensor x, str operation, str group) -> Tensor")
-_library.define("row_product(Tensor y, Tensor weight, str group) -> Tensor")
+_library.define("row_matmul(Tensor y, Tensor weight, str group) -> Tensor")
 _library.define("column_gradients(Tensor x, Tensor[] gradients, Tensor[] weights, str group) -> (Tensor, Tensor[])")
-for _function in (all_reduce, row_product, column_gradients):
+for _function in (all_reduce, row_matmul, column_gradients):
     _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
 
 
@@ -176,7 +176,7 @@ def _(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("tp2d::row_product", lib=_library)
+@torch.library.register_fake("tp2d::row_matmul", lib=_library)
 def _(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
     return y.new_empty(*y.shape[:-1], weight.shape[0])
 
