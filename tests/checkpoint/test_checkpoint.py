@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from tp2d_helpers import heartbeat
-from tp2d_helpers.checkpoint.host_copy import host_copy
+from tp2d_helpers.checkpoint.host_copy import HostCopies
 from tp2d_helpers.checkpoint.resize import convert
 from tp2d_helpers.checkpoint.run_folder import (
     checkpoint_tag,
@@ -305,22 +305,30 @@ def test_host_copy_keeps_what_is_shared() -> None:
         "number": 3,
         "shape": torch.Size([2]),
     }
-    copy, buffer = host_copy(state)
+    copies = HostCopies()
+    copy = copies.copy(state)
     flat.zero_()
     assert copy["flat"].tolist() == list(range(10)) and copy["number"] == 3 and len(copy["empty"]) == 0
     assert isinstance(copy["shape"], torch.Size)
     assert copy["views"][0].tolist() == [[2, 3], [4, 5]] and copy["views"][1].tolist() == [0, 3, 6, 9]
     assert copy["views"][0].untyped_storage().data_ptr() == copy["flat"].untyped_storage().data_ptr()
     assert copy["other"].untyped_storage().data_ptr() != state["other"].untyped_storage().data_ptr()
-    again, same = host_copy({**state, "other": torch.full((2,), 7.0)}, buffer)
-    assert same is buffer and again["other"].tolist() == [7, 7] and again["flat"].tolist() == [0] * 10
+    place = copy["flat"].data_ptr()
+    copies.restart()
+    again = copies.copy({**state, "other": torch.full((2,), 7.0)})
+    assert again["other"].tolist() == [7, 7] and again["flat"].tolist() == [0] * 10
+    assert again["flat"].data_ptr() == place, "the next checkpoint has the same memory"
+    grown, more = copies.copy(torch.ones(3)), copies.copy(torch.ones(1000))
+    copies.restart()
+    assert copies.copy(torch.zeros(50)).sum() == 0 and grown.sum() == 3 and more.sum() == 1000
 
 
 def test_host_copies_take_the_bytes_of_the_state_and_no_more() -> None:
     """PyTorch's pinned memory would take the next power of two of each: 96 MiB for these 48. Files stay as small."""
     state = [torch.ones(3 * 2**20), torch.ones(9 * 2**20)]
-    copy, buffer = host_copy(state)
-    assert sum(tensor.nbytes for tensor in state) <= len(buffer) < 1.01 * sum(tensor.nbytes for tensor in state)
+    copies = HostCopies()
+    copy, nbytes = copies.copy(state), sum(tensor.nbytes for tensor in state)
+    assert nbytes <= sum(map(len, copies.buffers)) < 1.01 * nbytes
     assert [tensor.untyped_storage().nbytes() for tensor in copy] == [tensor.nbytes for tensor in state]
 
 
@@ -328,16 +336,16 @@ def test_a_checkpoint_waits_for_the_one_before(tmp_path: Path) -> None:
     """Without a limit; what is written meanwhile counts as progress, and nothing else."""
     writer = CheckpointWriter()
     writer.begin(tmp_path / "first", copy=True)
-    waiting = threading.Thread(target=writer.finish)
+    waiting = threading.Thread(target=writer.disk.wait)
     waiting.start()
     time.sleep(1.5)
     before = heartbeat.here().pulses
     time.sleep(1.5)
     assert heartbeat.here().pulses == before
-    writer.done()
+    writer.disk.progress()
     time.sleep(1.5)
     assert heartbeat.here().pulses > before and waiting.is_alive()
-    writer.written.set()
+    writer.disk.end()
     waiting.join(5)
     assert not waiting.is_alive()
 

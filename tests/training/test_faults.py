@@ -155,7 +155,7 @@ def test_a_disturbed_run_equals_an_undisturbed_one(life: SimpleNamespace) -> Non
 
 def test_the_hang_is_named(life: SimpleNamespace) -> None:
     assert life.stall["ranks"] == [3], life.stall["message"]
-    assert "rank 3 " in life.stall["message"] and "ranks 0, 1, 2 wait in" in life.stall["message"]
+    assert "rank 3 does not answer (" in life.stall["message"] and " wait in '" in life.stall["message"]
 
 
 def test_preflight_names_what_it_goes_on_from(life: SimpleNamespace) -> None:

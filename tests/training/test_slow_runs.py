@@ -26,11 +26,11 @@ NAP = 1.2
 
 def slow(names: dict) -> None:
     """A patch for `run_grid`: naps in each micro-batch, in each read of a held-out sample, in rank 1's writes."""
-    from tp2d_helpers.checkpoint import writer
+    from tp2d_helpers.checkpoint import disk
     from tp2d_helpers.data import dataloader
 
     read, load = dataloader.TokenDataset.__getitem__, names["load_checkpoint"]
-    reach_disk, writer.CHUNK = writer._Chunks.reach_disk, 2**18
+    reach_disk, disk.CHUNK = disk.File.reach_disk, 2**18
 
     def reading(self: object, index: int) -> dict:
         if index >= len(self) - 8:
@@ -47,7 +47,7 @@ def slow(names: dict) -> None:
         engine.register_forward_pre_hook(lambda *_: time.sleep(NAP))
         return load(engine, *args)
 
-    dataloader.TokenDataset.__getitem__, writer._Chunks.reach_disk = reading, writing
+    dataloader.TokenDataset.__getitem__, disk.File.reach_disk = reading, writing
     names["load_checkpoint"] = loading
 
 

@@ -81,7 +81,7 @@ def save_checkpoint(
     if not isinstance(engine.checkpoint_engine, CheckpointWriter):
         engine.checkpoint_engine = CheckpointWriter()
     writer: CheckpointWriter = engine.checkpoint_engine
-    writer.finish()
+    writer.disk.wait()
     folder = _new_folder(Path(run_dir), step)
     writer.begin(folder, copy=background)
     scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else None  # universal checkpoints lack it

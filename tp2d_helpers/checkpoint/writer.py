@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from tp2d_helpers import heartbeat
 from tp2d_helpers.checkpoint import run_folder
+from tp2d_helpers.checkpoint.disk import Disk
 from tp2d_helpers.checkpoint.files import flush_folder
-from tp2d_helpers.checkpoint.host_copy import HostBuffer, host_copy
-
-CHUNK = 64 * 2**20  # bytes that reach the disk before the next ones are written: each is a sign of progress
+from tp2d_helpers.checkpoint.host_copy import HostCopies
 
 
 class CheckpointWriter(TorchCheckpointEngine):
@@ -28,38 +24,21 @@ class CheckpointWriter(TorchCheckpointEngine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.copy, self.copied, self.waiting, self.written = False, None, [], threading.Event()
-        self.buffers: list[HostBuffer] = []  # one per file, for this checkpoint and the next
-        self.chunks = 0
-        self.written.set()
-
-    def finish(self) -> None:
-        """Wait until the checkpoint before is written, as long as that takes: each chunk of it is progress."""
-        heartbeat.mark("the write of the checkpoint before")
-        seen = self.chunks
-        while not self.written.wait(1):
-            if self.chunks != seen:
-                heartbeat.pulse()
-            seen = self.chunks
-        heartbeat.mark("the next checkpoint")
+        self.copy, self.copied, self.waiting = False, None, []
+        self.disk, self.copies = Disk(), HostCopies()
 
     def begin(self, folder: Path, copy: bool) -> None:
-        """Collect the files of a checkpoint; after `finish`."""
-        heartbeat.mark(folder.name)
+        """Collect the files of a checkpoint, after the one before is written (`disk.wait`)."""
         self.folder, self.copy, self.waiting = folder, copy, []
-        self.written.clear()
+        self.copies.restart()
+        self.disk.begin(folder.name, background=copy)
 
     def save(self, state_dict: Any, path: str) -> None:
         """Note a file to write; called by DeepSpeed."""
-        if self.copy:
-            number = len(self.waiting)
-            state_dict, buffer = host_copy(state_dict, self.buffers[number] if number < len(self.buffers) else None)
-            self.buffers[number:] = [buffer, *self.buffers[number + 1 :]]
-            if torch.cuda.is_available():
-                self.copied = torch.cuda.Event()
-                self.copied.record()
-        self.waiting.append((Path(path), state_dict))
-        heartbeat.pulse()
+        self.waiting.append((Path(path), self.copies.copy(state_dict) if self.copy else state_dict))
+        if self.copy and torch.cuda.is_available():
+            self.copied = torch.cuda.Event()
+            self.copied.record()
 
     def write(self, **facts: Any) -> None:
         """Write all files, see that they reach the disk, then this rank's manifest with their sizes."""
@@ -68,48 +47,14 @@ class CheckpointWriter(TorchCheckpointEngine):
         files = {}
         while self.waiting:
             path, state = self.waiting.pop(0)
-            with open(path, "wb") as file:
-                chunks = _Chunks(file, self)
-                torch.save(state, chunks)
-                chunks.reach_disk()
+            with self.disk.open(path) as file:
+                torch.save(state, file)
                 files[str(path.relative_to(self.folder))] = file.tell()
-        for folder in {self.folder / Path(name).parent for name in files} | {self.folder, self.folder.parent}:
+        for folder in {path.parent for path in map(self.folder.joinpath, files)} | {self.folder, self.folder.parent}:
             flush_folder(folder)
         run_folder.write_manifest(self.folder, dist.get_rank(), files, **facts)
-        self.written.set()
-
-    def done(self) -> None:
-        """A chunk is on the disk. Of what is written in the background, the thread that trains tells, if it waits."""
-        self.chunks += 1
-        if not self.copy:
-            heartbeat.pulse()
+        self.disk.end()
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Load one file as mapped memory, so that a rank reads only what it takes from it; called by DeepSpeed."""
         return torch.load(path, map_location=map_location, mmap=True, weights_only=True)
-
-
-class _Chunks:
-    """A file for `torch.save` that writes what it is given in chunks, each of which has reached the disk."""
-
-    def __init__(self, file: BinaryIO, writer: CheckpointWriter) -> None:
-        self.file, self.writer, self.fresh = file, writer, 0
-
-    def write(self, data: Any) -> int:
-        """Write a buffer whole."""
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), CHUNK):
-            self.fresh += self.file.write(view[start : start + CHUNK])
-            if self.fresh >= CHUNK:
-                self.reach_disk()
-        return len(view)
-
-    def flush(self) -> None:
-        """`torch.save` asks for it at its end, where `reach_disk` follows."""
-
-    def reach_disk(self) -> None:
-        """See that the disk has all that was written."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.fresh = 0
-        self.writer.done()
