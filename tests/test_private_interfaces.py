@@ -51,6 +51,22 @@ def ray_on_loopback() -> None:
     assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
 
 
+@interface("ray health-check")
+def ray_health_check() -> None:
+    from ray.scripts.scripts import cli
+
+    assert "--address" in [option for parameter in cli.commands["health-check"].params for option in parameter.opts]
+
+
+@interface("torch.utils._pytree")
+def torch_pytree() -> None:
+    from torch.utils import _pytree
+
+    takes(_pytree.tree_leaves, "tree")
+    takes(_pytree.tree_map_only, "type_or_types_or_pred", "func", "tree")
+    assert "is_leaf" in inspect.signature(_pytree.tree_map_only).parameters
+
+
 @interface("TorchTrainer._initialize_and_run_controller")
 def ray_controller() -> None:
     from ray.train.torch import TorchTrainer
