@@ -128,8 +128,12 @@ def setup_model_with_autotp(
 def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW in one kernel per step, and its learning rate: a linear warm-up, then constant.
 
-    Made before the weights are sharded: AutoTP puts the shards in their place.
+    Matrices decay (embeddings and a stack of experts' are some); norms and biases don't: they scale and shift, and
+    shrinking them regularises nothing. Made before the weights are sharded: AutoTP puts the shards in their place.
     """
     rate, decay = config.get("learning_rate", 1e-5), config.get("weight_decay", 0.01)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
     return optimizer, transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))

@@ -35,9 +35,10 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
         self._global_grad_norm, self.overflow = norm, False
         clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
         infinite = (~torch.isfinite(norm)).float()  # the step is left out then
+        scalars = self._count_step(clip, infinite)
         for i in range(len(self.bit16_groups)):
             self.free_grad_in_param_list(self.params_not_in_partition[i])
-            self._step_group(i, clip, infinite)
+            self._step_group(i, clip, infinite, scalars)
             self.free_grad_in_param_list(self.params_in_partition[i])
             self.averaged_gradients[i] = self.all_grad_tensors[i] = None
         self.optimizer._opt_called = True  # the schedule warns otherwise
@@ -65,22 +66,28 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
         self._model_parallel_all_reduce(square, deepspeed.comm.ReduceOp.SUM)
         return square.sqrt()
 
-    def _step_group(self, i: int, clip: torch.Tensor, infinite: torch.Tensor) -> None:
+    def _count_step(self, clip: torch.Tensor, infinite: torch.Tensor) -> torch.Tensor:
+        """Count the step, if it isn't left out; the scalars of `OnePassAdamW.step`, which are those of all groups."""
+        taken, (state, *others) = 1 - infinite, [self._state(m) for m in self.single_partition_of_fp32_groups]
+        state["step"] += taken
+        for other in others:
+            other["step"] = state["step"]  # one count, and one kernel, for all groups
+        correction1, correction2 = 1 - self.betas ** state["step"]
+        return torch.stack([1 / clip.double(), correction1, correction2.sqrt(), taken.double()]).float()
+
+    def _step_group(self, i: int, clip: torch.Tensor, infinite: torch.Tensor, scalars: torch.Tensor) -> None:
         masters, settings = self.single_partition_of_fp32_groups[i], self.optimizer.param_groups[i]
         state, gradients = self._state(masters), self.averaged_gradients[i]
         weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(self.real_dp_process_group[i])]
-        state["step"] += 1 - infinite
         moments = state["exp_avg"], state["exp_avg_sq"]
         if self.one_pass is None or not masters.is_cuda:
             _fused_adamw(gradients, masters, *moments, state["step"], clip, infinite, settings)
             weights.copy_(masters)
             return
-        step, (beta1, beta2) = state["step"].double(), settings["betas"]
-        scalars = torch.stack([1 / clip.double(), 1 - beta1**step, (1 - beta2**step).sqrt(), 1 - infinite.double()])
         gradients = [gradient.contiguous() for gradient in gradients]
         if i not in self.one_pass:
             self.one_pass[i] = OnePassAdamW(gradients)
-        self.one_pass[i].step(gradients, masters, *moments, weights, scalars.float(), settings)
+        self.one_pass[i].step(gradients, masters, *moments, weights, scalars, settings)
 
     def _state(self, masters: torch.Tensor) -> dict[str, Any]:
         state = self.optimizer.state[masters]
@@ -120,3 +127,5 @@ def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
         # The kernels round differently: with both in a TP group, weights that all ranks hold would drift apart.
         triton = all(everywhere(OnePassAdamW is not None))
         optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {} if triton else None
+        betas = optimizer.optimizer.param_groups[0]["betas"]
+        optimizer.betas = torch.tensor(betas, dtype=torch.float64, device=optimizer.device)

@@ -1,0 +1,46 @@
+"""Training in PyTorch and transformers alone: what every run of the package is to equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from grid import Run
+from transformers import AutoModelForCausalLM
+
+from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
+
+
+def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after: int = 0) -> Run:
+    """Train as `config` says, in fp32, in this process, on the whole global batch at once.
+
+    Args:
+        later: settings of the optimizer that count from step `after` + 1 on, as if the run had been resumed with them.
+    """
+    torch.manual_seed(config["seed"])
+    model = AutoModelForCausalLM.from_pretrained(config["model_name"], dtype=torch.float32).train()
+    share = config["dp_size"] * config["gradient_accumulation_steps"]
+    whole = {**config, "batch_size_per_gpu": config["batch_size_per_gpu"] * share, "dp_size": 1,
+             "gradient_accumulation_steps": 1}  # fmt: skip
+    loader = create_dataloader(dp_rank=0, **data_settings(whole))
+    decaying = set(transformers.Trainer.get_decay_parameter_names(None, model))  # another rule than the package's
+    groups = [[p for name, p in model.named_parameters() if (name in decaying) == decays] for decays in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups if group])
+    records = []
+    for epoch in range(config["num_epochs"]):
+        loader.batch_sampler.set_epoch(epoch)
+        for (batch,), tokens in global_batches(loader):
+            now = config if len(records) < after or not later else {**config, **later}
+            rate = now["learning_rate"] * min(1.0, len(records) / max(1, now["warmup_steps"]))
+            for group, decay in zip(optimizer.param_groups, (now["weight_decay"], 0.0), strict=False):
+                group.update(lr=rate, weight_decay=decay)
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), now["max_grad_norm"])
+            optimizer.step()
+            optimizer.zero_grad()
+            records.append(dict(step=len(records) + 1, epoch=epoch, loss=loss.item(), grad_norm=norm.item(),
+                                learning_rate=rate, tokens=tokens))  # fmt: skip
+    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    return Run(config, records, weights, replicated={}, sharded={}, copies={})
