@@ -30,8 +30,8 @@ from tp2d_helpers.checkpoint.run_folder import (
     mend_ray_snapshot,
     newest_checkpoint,
     problem_of,
-    record_run,
 )
+from tp2d_helpers.checkpoint.settings import record_run
 from tp2d_helpers.checkpoint.writer import CheckpointWriter
 from tp2d_helpers.config import Config
 from tp2d_helpers.training.metrics import keep_until, read_metrics

@@ -15,14 +15,13 @@ from tp2d_helpers.checkpoint import files
 from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.run_folder import (
     checkpoints,
-    continue_run,
     mend_ray_snapshot,
     problem_of,
-    record_run,
     recorded,
     remove_unfinished,
     write_manifest,
 )
+from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.preflight.folder import check_checkpoints
 
@@ -30,7 +29,9 @@ from tp2d_helpers.preflight.folder import check_checkpoints
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """Settings of a run that has been recorded."""
-    config = make_config(storage_path=str(tmp_path), experiment_name="x", keep_checkpoints_by="eval_loss")
+    config = make_config(
+        storage_path=str(tmp_path), experiment_name="x", keep_checkpoints_by="eval_loss", tp_size=1, dp_size=1
+    )
     record_run(config)
     return config
 
@@ -40,8 +41,8 @@ def checkpoint(config: Config, name: str, world_size: int = 1, **metrics: float)
     folder = config.run_dir / f"checkpoint_{name}"
     folder.mkdir()
     (folder / "weights").write_text("w")
-    grid = dict(tp_size=1, dp_size=world_size, zero_stage=1)
-    write_manifest(folder, 0, {"weights": 1}, step=int(name[:8]), world_size=world_size, metrics=metrics, **grid)
+    where = dict(epoch=0, epoch_step=int(name[:8]), tp_size=1, dp_size=world_size, zero_stage=1)
+    write_manifest(folder, 0, {"weights": 1}, step=int(name[:8]), world_size=world_size, metrics=metrics, **where)
     return folder
 
 
@@ -75,7 +76,7 @@ def test_what_can_never_be_used_is_removed(config: Config) -> None:
     newer = checkpoint(config, "00000009", world_size=2)
     (damaged / "weights").write_text("")
     write_json(other / "rank_0.json", {"run_id": "another", "world_size": 2})
-    [(_, found, chosen)] = check_checkpoints(config, config)
+    [(_, found, chosen), *_] = check_checkpoints(config, config, {}, 9)
     assert checkpoints(config.run_dir) == [newer, newest, other, damaged, complete]
     assert found == (
         "checkpoint_00000009 was not finished (rank_1.json is missing); "
@@ -86,7 +87,7 @@ def test_what_can_never_be_used_is_removed(config: Config) -> None:
         f"be used: {begun.name} was not finished (rank_0.json is missing); "
         f"{cut_off.name} was not finished (rank_1.json is missing)"
     )
-    assert problem_of(newest) is None and check_checkpoints(config, config)[0][2].count("removed") == 0
+    assert problem_of(newest) is None and check_checkpoints(config, config, {}, 9)[0][2].count("removed") == 0
 
 
 def test_nothing_is_removed_where_no_checkpoint_is_complete(config: Config) -> None:

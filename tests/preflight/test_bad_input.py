@@ -27,7 +27,8 @@ from ray.actor import ActorClass
 from safetensors.torch import load_file, save_file
 
 from tp2d_helpers.checkpoint.files import lock_run
-from tp2d_helpers.checkpoint.run_folder import continue_run, record_run
+from tp2d_helpers.checkpoint.run_folder import write_manifest
+from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
 from tp2d_helpers.model import engine, facts
@@ -579,6 +580,31 @@ def test_another_run_is_refused_by_preflight(cluster: dict[str, float], actors: 
     assert not actors and [path.name for path in first.run_dir.iterdir()] == ["config.json"]
 
 
+def test_a_continued_run(cluster: dict[str, float], actors: list[str], tmp_path: Path) -> None:
+    """What has changed is told. Other data, or a lost config.json, is refused before anything is written."""
+    text = [{"text": "some text of a dataset"}] * 40
+    data = lines(tmp_path / "data.jsonl", *text)
+    settings = {**SMALL, "dataset_name": data, "seq_length": 16, "debug_steps": 3, "num_epochs": 2}
+    first = make_config(**settings, storage_path=str(tmp_path), experiment_name="first")
+    run_dir = plan.preflight(first).config.run_dir
+    where = dict(step=2, epoch=0, epoch_step=2, world_size=1, tp_size=1, dp_size=1, zero_stage=1, metrics={"loss": 1.0})
+    write_manifest(run_dir / "checkpoint_00000002", 0, {}, **where)
+    rows = {name: row for name, *row in plan.preflight(first.change(learning_rate=1e-4, debug_steps=2)).rows}
+    assert rows["changed since"][0] == "learning_rate 1e-05 → 0.0001, debug_steps 3 → 2"
+    assert rows["checkpoint"][1] == "goes on from checkpoint_00000002, epoch 1 is over: 2 steps of 2 are done"
+    recorded = (run_dir / "config.json").read_text()
+    lines(tmp_path / "data.jsonl", *text, {"text": "and more of it"})
+    with pytest.raises(ConfigError, match=r"its tokens are not those .* 40 documents .* then, 41 documents .* now"):
+        plan.preflight(first)
+    assert (run_dir / "config.json").read_text() == recorded
+    lines(tmp_path / "data.jsonl", *text)
+    (run_dir / "config.json").unlink()
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(ConfigError, match=r"holds checkpoints, but no config\.json .* set trust_checkpoint to True"):
+        plan.preflight(first)
+    assert not actors and sorted(run_dir.rglob("*")) == before
+
+
 def test_a_run_that_is_being_written_is_refused(cluster: dict[str, float], actors: list[str], tmp_path: Path) -> None:
     config = make_config(**SMALL, storage_path=str(tmp_path), experiment_name="busy")
     with (
@@ -599,21 +625,6 @@ def test_the_same_run_continues(tmp_path: Path) -> None:
     record_run(longer)
     assert json.loads((first.run_dir / "config.json").read_text())["run_id"] == found["run_id"]
     assert json.loads((first.run_dir / "config.json").read_text())["num_epochs"] == 3
-
-
-def test_another_grid_keeps_the_global_batch(tmp_path: Path) -> None:
-    first = make_config(storage_path=str(tmp_path), experiment_name="first", batch_size_per_gpu=2, dp_size=2)
-    record_run(first)
-    assert continue_run(first.change(tp_size=4, dp_size=1)).gradient_accumulation_steps == 2
-    assert continue_run(first.change(dp_size=4, batch_size_per_gpu=1, gradient_accumulation_steps=9)) == first.change(
-        dp_size=4, batch_size_per_gpu=1
-    )
-    with pytest.raises(ConfigError, match=r"batch_size_per_gpu × dp_size = 2 × 3: must divide .* global batch of 4"):
-        continue_run(first.change(dp_size=3))
-    assert continue_run(first.change(zero_stage=2)).zero_stage == 2
-    for stage in (0, 3):
-        with pytest.raises(ConfigError, match=rf"zero_stage = {stage}: the run was made with stage 1 on 2 × 2"):
-            continue_run(first.change(zero_stage=stage))
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -783,7 +794,7 @@ def test_hub_ids_from_the_cache(tiny_model: Callable[[str], Path], tmp_path: Pat
     (cached / "json-train.arrow").rename(cached / "data-train.arrow")
     shutil.copytree(cached, tmp_path / "org___data" / "default" / "0.0.0" / ("a" * 40))
 
-    model, parallel, dtype, steps, data, _, half = python(
+    model, parallel, dtype, steps, _, data, _, half = python(
         FROM_CACHE, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path), TP2D_CACHE=str(tmp_path)
     )
     assert model.startswith("org/tiny: qwen2, ") and "2 shards" in parallel and dtype == "torch.float32"

@@ -25,7 +25,8 @@ from torch.utils.serialization import config as serialization
 
 from tp2d_helpers import heartbeat
 from tp2d_helpers.checkpoint.files import flush_folder, read_json, write_json
-from tp2d_helpers.checkpoint.run_folder import checkpoint_tag, fit_global_batch
+from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
+from tp2d_helpers.checkpoint.settings import fit_global_batch
 from tp2d_helpers.checkpoint.shards import SAFE
 from tp2d_helpers.config import make_config
 

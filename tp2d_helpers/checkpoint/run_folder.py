@@ -1,8 +1,8 @@
-"""What a run's folder holds: its settings, and its checkpoints, of which only the complete ones count.
+"""What a run's folder holds: its settings (`tp2d_helpers.checkpoint.settings`), and its checkpoints.
 
-A checkpoint is complete if every rank that wrote it has left its manifest, `rank_<r>.json`, which it writes last: the
-run it belongs to, the grid, and the names and sizes of the files that this rank wrote. So a checkpoint that was cut
-off, or that lost a file since, is told from a good one without opening it.
+Only complete checkpoints count. One is complete if every rank that wrote it has left its manifest, `rank_<r>.json`,
+which it writes last: the run it belongs to and its settings, the grid, and the names and sizes of the files that this
+rank wrote. So a checkpoint that was cut off, or that lost a file since, is told from a good one without opening it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,13 @@ import json
 import math
 import re
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from tp2d_helpers.checkpoint.files import read_json, write_json
-from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.config import Config, ConfigError
 
-# What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
-# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
-IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
-            "packing", "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
-GRID = ("tp_size", "dp_size", "zero_stage")
-RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
+FORMAT = 2  # of a checkpoint: 1 had one parameter group, whose norms and biases decayed
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -46,54 +40,6 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-def record_run(config: Config) -> None:
-    """Write the settings into the run's folder, for those who continue it, and an id that its checkpoints will bear."""
-    run_id = recorded(config.run_dir).get("run_id") or uuid.uuid4().hex
-    write_json(config.run_dir / "config.json", {**config.model_dump(), "run_id": run_id})
-
-
-def continue_run(config: Config) -> Config:
-    """Fit a config to the run that is in its folder, if there is one.
-
-    A run's global batch stays: given another grid or micro-batch, `gradient_accumulation_steps` follows.
-
-    Raises:
-        ConfigError: if the config would not continue that run; lists the settings that differ.
-    """
-    found, now = recorded(config.run_dir), config.model_dump()
-    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
-    if differing:
-        raise ConfigError(
-            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "
-            f"({'; '.join(differing)}). Take another experiment_name, or the same settings to continue that run."
-        )
-    if not found:
-        return config
-    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
-    stages = {then.zero_stage, config.zero_stage}
-    if any(found[name] != now[name] for name in GRID) and not stages <= set(RESIZABLE):
-        raise ConfigError(
-            f"zero_stage = {config.zero_stage}: the run was made with stage {then.zero_stage} on {then.tp_size} × "
-            f"{then.dp_size}; to go on at another grid or stage, both must be 1 or 2"
-        )
-    return fit_global_batch(config, then.global_batch_size)
-
-
-def fit_global_batch(config: Config, samples: int) -> Config:
-    """Set `gradient_accumulation_steps` so that an optimizer step takes `samples` samples.
-
-    Raises:
-        ConfigError: if they can't be cut into whole micro-batches for every DP rank.
-    """
-    share = config.batch_size_per_gpu * config.dp_size
-    if samples % share:
-        raise ConfigError(
-            f"batch_size_per_gpu × dp_size = {config.batch_size_per_gpu} × {config.dp_size}: must divide the run's "
-            f"global batch of {samples} samples, which stays as it was when the run began"
-        )
-    return config.change(gradient_accumulation_steps=samples // share)
-
-
 def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any) -> None:
     """Declare this rank's part of a checkpoint complete. The last thing that a rank writes into the folder.
 
@@ -101,8 +47,9 @@ def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any)
         files: size in bytes of each file that the rank wrote, by its path in the folder.
         facts: `step`, `world_size`, the grid and the metrics, the same on all ranks.
     """
-    run_id = recorded(folder.parent).get("run_id")
-    write_json(folder / f"rank_{rank}.json", {**facts, "run_id": run_id, "files": files})
+    run = recorded(folder.parent)
+    own = {"format": FORMAT, "run_id": run.get("run_id"), "settings": run, "files": files}
+    write_json(folder / f"rank_{rank}.json", {**facts, **own})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -187,16 +134,23 @@ def _manifests(folder: Path) -> list[Path]:
 
 
 def check_origin(folder: Path, trusted: bool) -> None:
-    """Refuse a checkpoint that another run wrote, unless the user trusts it.
+    """Refuse a checkpoint that another run wrote, unless the user trusts it, or one in a form that can't be loaded.
 
     Raises:
         ConfigError: with what to do.
     """
-    then, now = read_manifest(folder).get("run_id"), recorded(folder.parent).get("run_id")
+    manifest = read_manifest(folder)
+    then, now = manifest.get("run_id"), recorded(folder.parent).get("run_id")
     if then != now and not trusted:
         raise ConfigError(
             f"{folder}: not written by this run (its run_id is {then!r}, this run's {now!r}). Checkpoints are pickles; "
             "remove it, or set trust_checkpoint to True if you know where it comes from"
+        )
+    if manifest.get("format") != FORMAT:
+        raise ConfigError(
+            f"{folder}: written by a version of this package that let norms and biases decay (format "
+            f"{manifest.get('format', 1)}, not {FORMAT}). Go on with that version, or export it and begin a run with "
+            "the export as model_name"
         )
 
 

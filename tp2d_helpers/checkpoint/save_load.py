@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,21 @@ import ray.train
 import ray.train.collective
 import torch
 import torch.distributed as dist
-import transformers
 from ray.train import Checkpoint, CheckpointUploadMode
+from torch.utils.data import DataLoader
 
 from tp2d_helpers.checkpoint import run_folder
 from tp2d_helpers.checkpoint.resize import UNIVERSAL, safe_loading, universal_checkpoint
+from tp2d_helpers.checkpoint.restore import (
+    random_states,
+    set_random_states,
+    settings_stay,
+    settle_on_new_grid,
+    without_padding,
+)
 from tp2d_helpers.checkpoint.writer import CheckpointWriter
-from tp2d_helpers.config import reason
+from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.speed.agreement import everywhere
 
 
 @dataclasses.dataclass
@@ -84,12 +91,14 @@ def save_checkpoint(
     writer.disk.wait()
     folder = _new_folder(Path(run_dir), step)
     writer.begin(folder, copy=background)
-    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else None  # universal checkpoints lack it
-    state = {**dataclasses.asdict(progress), "loss_scaler": scaler}
+    # Universal checkpoints lack it; those of stage 0, which has none, load on their own grid only.
+    scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
+    state = {**dataclasses.asdict(progress), "loss_scaler": scaler and vars(scaler)}
     engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=state)
-    writer.save(_random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
+    writer.save(random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
     metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
-    facts = {"step": step, "world_size": dist.get_world_size(), **_grid(engine), "metrics": metrics}
+    where = {"step": step, "epoch": epoch, "epoch_step": epoch_step}
+    facts = {**where, "world_size": dist.get_world_size(), **_grid(engine), "metrics": metrics}
     _report(folder, writer, facts, background)
 
 
@@ -113,30 +122,38 @@ def _report(folder: Path, writer: CheckpointWriter, facts: dict[str, Any], backg
 
 
 def load_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, run_dir: str | Path = ".", seed: int = 42, trusted: bool = False
+    engine: deepspeed.DeepSpeedEngine,
+    run_dir: str | Path = ".",
+    seed: int = 42,
+    trusted: bool = False,
+    loader: DataLoader | None = None,
 ) -> Progress:
     """Load the run's newest complete checkpoint into the engine; say where the run goes on. Collective.
 
-    A checkpoint of another grid is converted first, once, by rank 0.
+    A checkpoint of another grid is converted first, once, by rank 0. What the optimizer was set to stays: the learning
+    rate and its schedule, which goes on at the checkpoint's step, weight decay, clipping.
 
     Args:
         seed: of the run; on another grid than before, dropout starts anew from it and the step.
         trusted: load it even if another run wrote it.
+        loader: of this rank's data; an epoch that is shorter now than what was done of it is over.
 
     Returns:
         The progress at the checkpoint, all zeros if there is none.
 
     Raises:
-        ConfigError: if another run wrote it, and `trusted` is False.
+        ConfigError: if another run wrote it, and `trusted` is False; or if a rank has other data than the run.
         RuntimeError: if the checkpoint is there but can't be loaded.
     """
     folder, tag = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
+    if loader:
+        _check_data(loader, Path(run_dir))
     if folder is None:
         return Progress()
     engine.checkpoint_engine = CheckpointWriter()
     engine._config.load_universal_checkpoint = tag == UNIVERSAL
     try:
-        with safe_loading():
+        with safe_loading(), settings_stay(engine), without_padding(engine):
             path, state = engine.load_checkpoint(str(folder), tag=tag)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
@@ -145,21 +162,24 @@ def load_checkpoint(
         raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
     progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
     if tag == UNIVERSAL:
-        _settle_on_new_grid(engine, progress, seed, state["loss_scaler"])
+        settle_on_new_grid(engine, progress.step, seed, state["loss_scaler"])
     else:
-        _set_random_states(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
+        set_random_states(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
+    if loader and progress.epoch_step >= loader.batch_sampler.steps_per_epoch:
+        progress.epoch, progress.epoch_step = progress.epoch + 1, 0
     return progress
 
 
-def _settle_on_new_grid(
-    engine: deepspeed.DeepSpeedEngine, progress: Progress, seed: int, scaler: dict[str, Any] | None
-) -> None:
-    """What a universal checkpoint leaves out: the place of AdamW's step counters, random states, the loss scale."""
-    for parameter, values in engine.optimizer.optimizer.state.items():
-        values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
-    transformers.set_seed((seed + 1 + engine.random_stream + 1_000_003 * progress.step) % 2**32)
-    if scaler:
-        vars(engine.optimizer.loss_scaler).update(scaler)
+def _check_data(loader: DataLoader, run_dir: Path) -> None:
+    """See that what each node has tokenised is what the driver has: a file may be another there, or by now."""
+    found = everywhere(loader.dataset.identity)
+    planned = run_folder.recorded(run_dir).get("data") or found[0]
+    for rank, data in enumerate(found):
+        if data != planned:
+            raise ConfigError(
+                f"dataset_name: rank {rank} has other data than the run ({data}, not {planned}); all nodes must see "
+                "the same files, and these must stay as they are"
+            )
 
 
 def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str]:
@@ -207,15 +227,3 @@ def _new_folder(run_dir: Path, step: int) -> Path:
 def _grid(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
     stage = int(engine.zero_optimization_stage())
     return {"tp_size": engine.mp_world_size, "dp_size": engine.seq_dp_world_size, "zero_stage": stage}
-
-
-def _random_states() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])

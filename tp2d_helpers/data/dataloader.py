@@ -58,6 +58,11 @@ class TokenDataset(Dataset):
             self.starts, self.lengths = offsets[documents], np.minimum(sizes[documents], seq_length)
         self.held_out = len(held_out)  # documents
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What was tokenised, whatever it is called and whenever it was written: numbers and a hash."""
+        return {name: self.meta[name] for name in ("documents", "tokens", "sha256")}
+
     def __len__(self) -> int:
         return self.samples + self.eval_samples
 
@@ -186,9 +191,14 @@ def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Te
         micro-batches. Hugging Face models divide the summed loss by it, so that the plain mean over micro-batches and
         DP ranks, which is what DeepSpeed takes of the gradients, is the mean over all targets, however they spread.
         Every rank knows the lengths of all samples, so this costs no communication.
+
+    Raises:
+        ValueError: if the epoch ends before the step to begin with: a loop over its steps would come round for ever.
     """
     sampler, lengths = loader.batch_sampler, torch.from_numpy(loader.dataset.lengths)
     accumulation, dp_size, _ = sampler.shape
+    if sampler.start_step >= sampler.steps_per_epoch:
+        raise ValueError(f"no step is left: {sampler.start_step} are done of an epoch of {sampler.steps_per_epoch}")
     batches = iter(loader)
     for step in range(sampler.start_step, sampler.steps_per_epoch):
         real = lengths[sampler.global_batch_of(step)]

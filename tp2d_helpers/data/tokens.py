@@ -21,7 +21,7 @@ from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.files import stamp
 from tp2d_helpers.data.text import load_text
 
-LAYOUT = 2  # of the folder that `prepare_tokens` makes; another one is not taken for it
+LAYOUT = 3  # of the folder that `prepare_tokens` makes; another one is not taken for it
 CHARACTERS = 500_000  # that the tokenizer is given at once; it needs about 500 bytes for each
 CONTEXT = 200  # characters on both sides of a part of a document, so that it is tokenized as in the whole
 
@@ -86,13 +86,13 @@ def tokenize(
     - `tokens.bin`: uint32, all documents end to end, each closed by the end-of-text token. Rows without text are none.
     - `offsets.npy`: int64 [documents + 1], where each begins.
     - `first.npy`: int64 [documents], the first document with the same text: its own number, if it repeats none.
-    - `meta.json`: the numbers of rows, documents and tokens, the pad token and the highest token.
+    - `meta.json`: the numbers of rows, documents and tokens, the pad token, the highest token, a hash of all of them.
 
     Raises:
         ConfigError: if no document has any text.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-    offsets, digests, highest = array("q", [0]), array("Q"), end
+    offsets, digests, highest, whole = array("q", [0]), array("Q"), end, hashlib.sha256()
     bar = tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1)
     with bar, open(folder / "tokens.bin", "wb") as file:
         for documents in _batches(text, bar):
@@ -102,16 +102,19 @@ def tokenize(
                 for ids in itertools.chain(parts, [[end]]):
                     tokens = np.asarray(ids, dtype=np.uint32)
                     file.write(tokens.tobytes())
+                    whole.update(tokens)
                     length, highest = length + len(tokens), max(highest, int(tokens.max(initial=0)))
                 offsets.append(offsets[-1] + length)
     if not digests:
         raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
     np.save(folder / "offsets.npy", np.asarray(offsets))
+    whole.update(np.asarray(offsets))
     _, firsts, which = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
     np.save(folder / "first.npy", firsts[which])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     counts = {"rows": len(text), "documents": len(digests), "tokens": offsets[-1]}
-    (folder / "meta.json").write_text(json.dumps({**counts, "pad": pad, "highest": highest}))
+    meta = {**counts, "pad": pad, "highest": highest, "sha256": whole.hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _digest(document: str) -> int:

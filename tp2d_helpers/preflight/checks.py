@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
 
 from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
-from tp2d_helpers.checkpoint.run_folder import RESIZABLE
+from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.files import local_files
@@ -120,8 +121,8 @@ def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, s
     return found, describe_parts(memory) + tight
 
 
-def check_data(config: Config, model: ModelFacts) -> tuple[int, str, str]:
-    """(steps per epoch, what the data is, how it is cut). Tokenises it if this node hasn't yet.
+def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], str, str]:
+    """(steps per epoch, the data's `identity`, what it is, how it is cut). Tokenises it if this node hasn't yet.
 
     Raises:
         ConfigError: if it can't be read, is smaller than one global batch, has tokens that the model doesn't know, or
@@ -160,7 +161,7 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, str, str]:
         chosen.append(f"{config.eval_samples} samples held out, of {data.held_out} documents")
     if removed:
         chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
-    return steps, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
+    return steps, data.identity, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
 
 
 def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from pathlib import Path
+from typing import Any
 
 from tp2d_helpers.checkpoint.files import lock_run
 from tp2d_helpers.checkpoint.run_folder import (
-    GRID,
-    check_origin,
     checkpoints,
     is_finished,
     mend_ray_snapshot,
     newest_checkpoint,
     problem_of,
+    read_manifest,
     recorded,
     remove_unfinished,
 )
+from tp2d_helpers.checkpoint.settings import GRID, changes, check_same_data, settings_of
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.preflight.cluster import check_nodes
 
@@ -48,33 +50,49 @@ def check_storage(config: Config) -> str:
                 folder.rmdir()
 
 
-def check_checkpoints(config: Config, given: Config) -> list[tuple[str, str, str]]:
-    """A row about the checkpoint that the run will go on from; none for a new run.
+def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps: int) -> list[tuple[str, str, str]]:
+    """Rows about the checkpoint that the run will go on from, and about what was set otherwise; none for a new run.
+
+    Args:
+        config: what `continue_run` made of `given`.
+        data: what was tokenised (`TokenDataset.identity`).
+        steps: per epoch.
 
     Raises:
-        ConfigError: if another process is writing to the run's folder, or another run wrote the checkpoint.
+        ConfigError: if another process is writing to the run's folder, or the data is not the run's.
     """
-    run_dir, found = config.run_dir, recorded(config.run_dir)
     with lock_run(config):
-        removed = remove_unfinished(run_dir) if found else []
+        removed = remove_unfinished(config.run_dir) if recorded(config.run_dir) else []
         mend_ray_snapshot(config)
-    newest, skipped = newest_checkpoint(run_dir)
-    if not found or not (newest or skipped):
-        return []
-    if newest:
-        check_origin(newest, config.trust_checkpoint)
-    chosen = [f"goes on from {newest.name}" if newest else "begins anew"]
-    if any(found[name] != getattr(config, name) for name in GRID):
+    newest, skipped = newest_checkpoint(config.run_dir)
+    if not newest:
+        return [("checkpoint", "; ".join(skipped), "begins anew")] if skipped else []
+    then = settings_of(config.run_dir, newest)
+    check_same_data(then.get("data"), data, config.dataset_name)
+    finished = [folder for folder in checkpoints(config.run_dir) if is_finished(folder)]
+    damaged = [f"{folder.name} {problem}" for folder in finished if (problem := problem_of(folder))]
+    chosen = _how_it_goes_on(newest, config, given, steps)
+    if damaged:
+        chosen.append("damaged checkpoints stay until you remove them")
+    if removed:
+        chosen.append(f"removed, as it could never be used: {'; '.join(removed)}")
+    rows = [("checkpoint", "; ".join(dict.fromkeys(skipped + damaged)) or "complete", ", ".join(chosen))]
+    changed = changes(then, config)
+    return [*rows, ("changed since", changed, "what is set now counts")] if changed else rows
+
+
+def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> list[str]:
+    manifest, chosen = read_manifest(newest), [f"goes on from {newest.name}"]
+    if any(manifest[name] != getattr(config, name) for name in GRID):
         chosen.append("converted for the new grid")
     if config.gradient_accumulation_steps != given.gradient_accumulation_steps:
         chosen.append(
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}, so that a step keeps its "
             f"{config.global_batch_size} samples"
         )
-    finished = [folder for folder in checkpoints(run_dir) if is_finished(folder)]
-    damaged = [f"{folder.name} {problem}" for folder in finished if (problem := problem_of(folder))]
-    if damaged:
-        chosen.append("damaged checkpoints stay until you remove them")
-    if removed:
-        chosen.append(f"removed, as it could never be used: {'; '.join(removed)}")
-    return [("checkpoint", "; ".join(dict.fromkeys(skipped + damaged)) or "complete", ", ".join(chosen))]
+    over = manifest["epoch_step"] >= steps
+    if over:
+        chosen.append(f"epoch {manifest['epoch'] + 1} is over: {manifest['epoch_step']} steps of {steps} are done")
+    if manifest["epoch"] + over >= config.num_epochs:
+        chosen.append(f"nothing is left to train: num_epochs is {config.num_epochs}")
+    return chosen

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tp2d_helpers.checkpoint.run_folder import continue_run, record_run
+from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
@@ -97,11 +97,11 @@ def preflight(config: Config) -> Plan:
     names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
     rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
     rows += describe_placement(config, model, counts)
-    steps, *described = check_data(config, model)
+    steps, data, *described = check_data(config, model)
     rows.append(("data", *described))
     rows.append(("storage", check_storage(config), str(config.run_dir)))
-    rows += check_checkpoints(config, then)
-    record_run(config)
+    rows += check_checkpoints(config, then, data, steps)
+    record_run(config, data)
     return Plan(config, model, resources_per_worker, steps, rows)
 
 

@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
-from tp2d_helpers.checkpoint.run_folder import RESIZABLE
+from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, make_config
 
 

@@ -1,0 +1,229 @@
+"""What may change when a run is continued, what must not, and what the driver says of it before it writes anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tp2d_helpers.checkpoint.files import write_json
+from tp2d_helpers.checkpoint.run_folder import FORMAT, read_manifest, write_manifest
+from tp2d_helpers.checkpoint.settings import continue_run, record_run
+from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.data.dataloader import TokenDataset
+from tp2d_helpers.data.tokens import prepare_tokens
+from tp2d_helpers.preflight.folder import check_checkpoints
+
+DATA = {"documents": 3, "tokens": 700, "sha256": "abc"}
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Config:
+    """A run of 2 × 2 with a global batch of 4, as its first launch records it."""
+    config = make_config(storage_path=str(tmp_path), experiment_name="first", batch_size_per_gpu=2, dp_size=2)
+    record_run(config, DATA)
+    return config
+
+
+def checkpoint(config: Config, step: int = 3, epoch: int = 0, epoch_step: int = 3, world_size: int = 1) -> Path:
+    """A checkpoint without files, with the manifest of rank 0 alone."""
+    folder = config.run_dir / f"checkpoint_{step:08d}"
+    folder.mkdir()
+    where = dict(step=step, epoch=epoch, epoch_step=epoch_step, world_size=world_size)
+    grid = dict(tp_size=config.tp_size, dp_size=config.dp_size, zero_stage=config.zero_stage)
+    write_manifest(folder, 0, {}, **where, **grid, metrics={"loss": 1.0})
+    return folder
+
+
+def rows(config: Config, steps: int = 6, data: dict[str, Any] = DATA) -> dict[str, tuple[str, str]]:
+    """Preflight's rows about the run's folder, by name."""
+    return {name: row for name, *row in check_checkpoints(continue_run(config), config, data, steps)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# The global batch, and the grid.
+
+
+def test_another_grid_keeps_the_global_batch(first: Config) -> None:
+    checkpoint(first)
+    assert continue_run(first.change(tp_size=4, dp_size=1)).gradient_accumulation_steps == 2
+    assert continue_run(first.change(dp_size=4, batch_size_per_gpu=1, gradient_accumulation_steps=9)) == first.change(
+        dp_size=4, batch_size_per_gpu=1
+    )
+    with pytest.raises(ConfigError, match=r"batch_size_per_gpu × dp_size = 2 × 3: must divide .* global batch of 4"):
+        continue_run(first.change(dp_size=3))
+    assert continue_run(first.change(zero_stage=2)).zero_stage == 2
+    for stage in (0, 3):
+        with pytest.raises(ConfigError, match=rf"zero_stage = {stage}: the run was made with stage 1 on 2 × 2"):
+            continue_run(first.change(zero_stage=stage))
+
+
+def test_an_adapted_accumulation_is_told(first: Config) -> None:
+    checkpoint(first)
+    found = rows(first.change(gradient_accumulation_steps=4))
+    assert "gradient_accumulation_steps 1, so that a step keeps its 4 samples" in found["checkpoint"][1]
+    assert "gradient_accumulation_steps 2, so that" in rows(first.change(dp_size=1))["checkpoint"][1]
+    assert rows(first)["checkpoint"] == ["complete", "goes on from checkpoint_00000003"]
+
+
+@pytest.mark.parametrize("left", [None, "unfinished"])
+@pytest.mark.parametrize("asked", [
+    dict(gradient_accumulation_steps=4), dict(dp_size=3), dict(batch_size_per_gpu=8), dict(zero_stage=3),
+    dict(tp_size=1, zero_stage=0),
+], ids=str)  # fmt: skip
+def test_before_a_checkpoint_what_is_asked_counts(first: Config, asked: dict[str, int], left: str | None) -> None:
+    """As after a first launch that ran out of memory."""
+    if left:
+        checkpoint(first, world_size=2)
+    assert continue_run(first.change(**asked)) == first.change(**asked)
+    found = rows(first.change(**asked), data={})
+    assert ("begins anew" in found["checkpoint"][1]) if left else not found
+
+
+# Hyperparameters.
+
+
+def test_what_has_changed_is_told(first: Config) -> None:
+    """Since the checkpoint, not since the last launch, which may have come to nothing."""
+    checkpoint(first)
+    now = first.change(learning_rate=1e-3, weight_decay=0.5, num_epochs=2, storage_path=first.storage_path)
+    for _ in range(2):
+        assert rows(now)["changed since"] == [
+            "num_epochs 1 → 2, learning_rate 1e-05 → 0.001, weight_decay 0.01 → 0.5", "what is set now counts"
+        ]  # fmt: skip
+        record_run(now, DATA)
+    assert "changed since" not in rows(first)
+
+
+def test_every_setting_counts_or_is_refused(first: Config) -> None:
+    """None that differs goes unmentioned, but those that say where the run is."""
+    checkpoint(first)
+    other: dict[type, Any] = {int: lambda v: v + 1, float: lambda v: v / 2, bool: lambda v: not v}
+    special = dict(use_gpu=False, precision="bf16", master_weights="bf16", activation_checkpointing="full",
+                   optimizations="none", keep_checkpoints_by="loss", text_files="paragraph", zero_stage=2,
+                   dp_size=1, batch_size_per_gpu=1)  # fmt: skip
+    for name, value in first.model_dump().items():
+        if name in ("storage_path", "experiment_name"):
+            continue
+        now = special.get(name, other.get(type(value), lambda v: v + "x")(value) if name not in special else None)
+        try:
+            found = rows(first.change(**{name: now}))
+        except ConfigError as error:
+            assert f"{name}: {value!r} then, {now!r} now" in str(error)
+        else:
+            told = " ".join(text for row in found.values() for text in row)
+            assert f"{name} {value!r} → {now!r}" in told or f"{name} {value}, so that" in told
+
+
+# Where an epoch ends.
+
+
+@pytest.mark.parametrize("steps, num_epochs, told", [
+    (6, 1, "goes on from checkpoint_00000003"),
+    (3, 2, "goes on from checkpoint_00000003, epoch 1 is over: 3 steps of 3 are done"),
+    (2, 1, "goes on from checkpoint_00000003, epoch 1 is over: 3 steps of 2 are done, "
+           "nothing is left to train: num_epochs is 1"),
+])  # fmt: skip
+def test_an_epoch_that_is_over_is_told(first: Config, steps: int, num_epochs: int, told: str) -> None:
+    checkpoint(first)
+    assert rows(first.change(num_epochs=num_epochs), steps)["checkpoint"][1] == told
+
+
+# The data.
+
+
+@pytest.fixture
+def identity(tiny_model: Callable[[str], Path]) -> Callable[[Path], dict[str, Any]]:
+    """identity(path): what is in a data file, by its tokens."""
+    return lambda path: TokenDataset(prepare_tokens(str(tiny_model("llama")), str(path)), 8).identity
+
+
+def write(path: Path, *documents: str) -> Path:
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+def test_other_data_under_the_same_name(first: Config, identity: Callable, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", "the with statement", "yield")
+    then = identity(path)
+    record_run(first, then)
+    checkpoint(first)
+    write(path, "the with statement", "await")  # equally many documents, and tokens or not
+    now = identity(path)
+    with pytest.raises(ConfigError) as error:
+        rows(first, data=now)
+    for part in (then["sha256"][:12], now["sha256"][:12], "2 documents of ", "then", "Restore the data"):
+        assert part in str(error.value)
+    assert "dataset_name = " in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["touched", "copied", "blank line", "other column"])
+def test_the_same_data_in_another_file(first: Config, identity: Callable, tmp_path: Path, change: str) -> None:
+    """What counts is what is trained on."""
+    path = write(tmp_path / "data.jsonl", "the with statement", "yield")
+    then = identity(path)
+    record_run(first, then)
+    checkpoint(first)
+    if change == "touched":
+        os.utime(path, (1, 1))
+    elif change == "copied":
+        path = write(tmp_path / "copy.jsonl", "the with statement", "yield")
+    elif change == "blank line":
+        path = write(path, "the with statement", "", "yield")
+    else:
+        path.write_text('{"text": "the with statement", "n": 1}\n{"text": "yield", "n": 2}\n')
+    assert identity(path) == then and rows(first, data=identity(path))["checkpoint"][0] == "complete"
+
+
+def test_documents_that_are_cut_elsewhere(identity: Callable, tmp_path: Path) -> None:
+    """The hash is of all tokens and of where documents begin."""
+    one, two = write(tmp_path / "one.jsonl", "a b", "c"), write(tmp_path / "two.jsonl", "a", "b c")
+    assert identity(one)["sha256"] != identity(two)["sha256"]
+    assert identity(one)["documents"] == identity(two)["documents"] == 2
+
+
+# A config.json that was lost.
+
+
+def test_a_lost_config_is_refused_before_anything_is_written(first: Config) -> None:
+    folder = checkpoint(first)
+    run_id = read_manifest(folder)["run_id"]
+    (first.run_dir / "config.json").unlink()
+    before = contents(first.run_dir)
+    with pytest.raises(ConfigError) as error:
+        continue_run(first)
+    for part in ("experiment_name = 'first'", "no config.json", "Restore it", run_id, "trust_checkpoint", "another"):
+        assert part in str(error.value)
+    assert contents(first.run_dir) == before
+
+    trusting = first.change(trust_checkpoint=True)
+    with pytest.raises(ConfigError, match="seed: 42 then, 7 now"):  # the checkpoint has the settings, too
+        continue_run(trusting.change(seed=7))
+    with pytest.raises(ConfigError, match="its tokens are not those"):
+        rows(trusting, data={**DATA, "sha256": "def"})
+    record_run(continue_run(trusting), DATA)
+    assert read_manifest(checkpoint(first, step=4))["run_id"] == run_id
+    assert continue_run(first) == first  # it is whole again
+
+
+def test_without_a_checkpoint_a_lost_config_is_a_new_run(first: Config) -> None:
+    checkpoint(first, world_size=2)
+    (first.run_dir / "config.json").unlink()
+    assert continue_run(first.change(seed=7)).seed == 7
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(first: Config) -> None:
+    """It has one parameter group: a universal one would be loaded without its norms and biases, and no error."""
+    folder = checkpoint(first)
+    manifest = read_manifest(folder)
+    assert manifest.pop("format") == FORMAT
+    write_json(folder / "rank_0.json", manifest)
+    with pytest.raises(ConfigError, match=r"checkpoint_00000003: written by .* version .* \(format 1, not 2\)"):
+        continue_run(first)

@@ -1,0 +1,65 @@
+"""What DeepSpeed's loading of a checkpoint leaves out, or brings along that should stay away."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+
+@contextlib.contextmanager
+def settings_stay(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Keep what the user has set from the checkpoint that is loaded within, which brings the settings of its time."""
+    schedule, clipping = engine.lr_scheduler, engine.gradient_clipping()
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    rates = schedule.base_lrs
+    yield
+    for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = clipping
+    schedule.base_lrs, schedule.last_epoch = rates, schedule.last_epoch - 1
+    schedule.step()  # to the step that the checkpoint has reached
+
+
+@contextlib.contextmanager
+def without_padding(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Hide a last parameter group of which this rank has padding only: DeepSpeed can't load it from a universal form.
+
+    Norms and biases are so few that some of several hundred replicas have none.
+    """
+    if not engine.load_universal_checkpoint() or engine.optimizer.params_in_partition[-1]:
+        yield
+        return
+    groups = engine.optimizer.param_groups
+    engine.optimizer.param_groups = groups[:-1]
+    yield
+    engine.optimizer.param_groups = groups
+
+
+def settle_on_new_grid(engine: deepspeed.DeepSpeedEngine, step: int, seed: int, scaler: dict[str, Any] | None) -> None:
+    """Add what a universal checkpoint leaves out: the place of AdamW's step counters, random states, the loss scale."""
+    for parameter, values in engine.optimizer.optimizer.state.items():
+        values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
+    transformers.set_seed((seed + 1 + engine.random_stream + 1_000_003 * step) % 2**32)
+    if scaler:
+        vars(engine.optimizer.loss_scaler).update(scaler)
+
+
+def random_states() -> dict[str, Any]:
+    """Of the generators that training draws from: PyTorch's on CPU and GPU, and Python's."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go on drawing where `random_states` was called."""
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])

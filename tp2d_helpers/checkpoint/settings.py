@@ -1,0 +1,123 @@
+"""What a run is set to: recorded in its folder and in each checkpoint, and compared when the run is continued.
+
+Some settings are the run's identity and must stay, as must its data. The global batch stays too, once there is a
+checkpoint. Everything else may change, and what is set now counts.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tp2d_helpers.checkpoint.files import write_json
+from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, read_manifest, recorded
+from tp2d_helpers.config import Config, ConfigError, make_config
+
+# What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
+# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
+IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
+            "packing", "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
+GRID = ("tp_size", "dp_size", "zero_stage")
+RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
+
+
+def record_run(config: Config, data: dict[str, Any] | None = None) -> None:
+    """Write the settings into the run's folder, for those who continue it, and an id that its checkpoints will bear.
+
+    Where `config.json` was lost and the user trusts the checkpoints, it is the id that the newest one bears.
+
+    Args:
+        data: what was tokenised (`TokenDataset.identity`).
+    """
+    newest, _ = newest_checkpoint(config.run_dir)
+    run_id = recorded(config.run_dir).get("run_id") or (newest and read_manifest(newest).get("run_id"))
+    settings = {**config.model_dump(), "data": data, "run_id": run_id or uuid.uuid4().hex}
+    write_json(config.run_dir / "config.json", settings)
+
+
+def settings_of(run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """What was recorded when a checkpoint was written; without one, at the last launch."""
+    return (checkpoint and read_manifest(checkpoint).get("settings")) or recorded(run_dir)
+
+
+def continue_run(config: Config) -> Config:
+    """Fit a config to the run that is in its folder, if there is one.
+
+    From its first checkpoint on, a run's global batch stays: given another grid or micro-batch,
+    `gradient_accumulation_steps` follows. Before that, nothing has been trained that it could be at odds with.
+
+    Raises:
+        ConfigError: if the config would not continue that run (with the settings that differ), or the checkpoint can't
+            be loaded.
+    """
+    newest, _ = newest_checkpoint(config.run_dir)
+    if newest and not (recorded(config.run_dir) or config.trust_checkpoint):
+        raise ConfigError(
+            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds checkpoints, but no "
+            f"config.json that says they are this run's. Restore it (its run_id was "
+            f"{read_manifest(newest).get('run_id')!r}), set trust_checkpoint to True if you know where they come from, "
+            "or take another experiment_name"
+        )
+    if newest:
+        check_origin(newest, config.trust_checkpoint)
+    found, now = settings_of(config.run_dir, newest), config.model_dump()
+    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
+    if differing:
+        raise ConfigError(
+            f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "
+            f"({'; '.join(differing)}). Take another experiment_name, or the same settings to continue that run."
+        )
+    if not (newest and found):
+        return config
+    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
+    stages = {then.zero_stage, config.zero_stage}
+    if any(found[name] != now[name] for name in GRID) and not stages <= set(RESIZABLE):
+        raise ConfigError(
+            f"zero_stage = {config.zero_stage}: the run was made with stage {then.zero_stage} on {then.tp_size} × "
+            f"{then.dp_size}; to go on at another grid or stage, both must be 1 or 2"
+        )
+    return fit_global_batch(config, then.global_batch_size)
+
+
+def changes(then: dict[str, Any], config: Config) -> str:
+    """The settings that are not what they were, `name then → now`; "" if none. What now is set counts.
+
+    Args:
+        then: what was recorded, by name.
+    """
+    now = config.model_dump(exclude={"storage_path", "experiment_name"})  # the folder may have been moved
+    return ", ".join(f"{k} {then[k]!r} → {v!r}" for k, v in now.items() if k in then and then[k] != v)
+
+
+def check_same_data(then: dict[str, Any] | None, now: dict[str, Any], dataset_name: str) -> None:
+    """Refuse data that is not what the run was trained on, whatever it is called. Each is a `TokenDataset.identity`.
+
+    Raises:
+        ConfigError: with both.
+    """
+
+    def describe(data: dict[str, Any]) -> str:
+        return f"{data['documents']:,} documents of {data['tokens']:,} tokens, SHA-256 {data['sha256'][:12]}…"
+
+    if then and then != now:
+        raise ConfigError(
+            f"dataset_name = {dataset_name!r}: its tokens are not those that this run was trained on: "
+            f"{describe(then)} then, {describe(now)} now. Restore the data (and the tokenizer), or take another "
+            "experiment_name"
+        )
+
+
+def fit_global_batch(config: Config, samples: int) -> Config:
+    """Set `gradient_accumulation_steps` so that an optimizer step takes `samples` samples.
+
+    Raises:
+        ConfigError: if they can't be cut into whole micro-batches for every DP rank.
+    """
+    share = config.batch_size_per_gpu * config.dp_size
+    if samples % share:
+        raise ConfigError(
+            f"batch_size_per_gpu × dp_size = {config.batch_size_per_gpu} × {config.dp_size}: must divide the run's "
+            f"global batch of {samples} samples, which stays as it was when the run began"
+        )
+    return config.change(gradient_accumulation_steps=samples // share)
