@@ -28,6 +28,7 @@ from ray.train import RunConfig, ScalingConfig
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES, build_model
+from tp2d_helpers.model import ModelFacts
 from tp2d_helpers.preflight.cluster import check_resources
 from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.plan import Plan
@@ -98,18 +99,18 @@ def measure(config: dict[str, Any]) -> None:
     began = time.perf_counter()
     note(async_first_blocked_seconds=timed(lambda: save(2, background=True)))
     writer, during = engine.checkpoint_engine, []
-    while slowest(float(not writer.written.is_set())):
+    while slowest(float(not writer.disk.idle.is_set())):
         during.append(timed(step))
     note(async_write_seconds=time.perf_counter() - began)
     note(step_seconds_during_write=statistics.median(during) if during else None, steps_during_write=len(during))
 
     def copy_again() -> None:  # the pinned memory is there now; nothing is written, the disk may be full
-        writer.begin(run_dir / "checkpoint_00000003", copy=True, timeout=1)
+        writer.begin(run_dir / "checkpoint_00000003", copy=True)
         engine.save_checkpoint(str(run_dir / "checkpoint_00000003"), tag="step_00000003")
 
     note(async_blocked_seconds=timed(copy_again))
     writer.waiting = []
-    writer.written.set()
+    writer.disk.end()
 
 
 def main() -> None:
@@ -129,7 +130,8 @@ def main() -> None:
                     seq_length=options.seq, use_gpu=torch.cuda.is_available(), storage_path=str(storage),
                     experiment_name="run")  # fmt: skip
     config = make_config(**settings)
-    plan = Plan(config, check_resources(config, connect()), 0)
+    resources = connect()
+    plan = Plan(config, ModelFacts.read(config.model_name), check_resources(config, resources), 0)
     trainer = GridTrainer(
         measure, train_loop_config=config.model_dump(),
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu,
