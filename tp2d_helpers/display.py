@@ -28,7 +28,7 @@ from pygments.lexers import PythonLexer
 
 from tp2d_helpers import startup
 from tp2d_helpers.checkpoint.files import WRITER, lock_run, read_json
-from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
+from tp2d_helpers.checkpoint.run_folder import last_step, newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.training.metrics import newest_step
 
@@ -81,7 +81,7 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
         TrainingFailed: in place of the launch's own error, whose trace has hundreds of lines.
         TrainingInterrupted: after Ctrl-C, or "Interrupt" in Jupyter.
     """
-    path, total = config.run_dir / "metrics.jsonl", config.num_epochs * steps_per_epoch
+    path, total = config.run_dir / "metrics.jsonl", last_step(config, steps_per_epoch)
     interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back
     with lock_run(config):
         (config.run_dir / "stalled.json").unlink(missing_ok=True)  # of an earlier launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from grid import Run, assert_equal_runs, final_weights, run_grid
 from plain import plain_run
 
 from tp2d_helpers.checkpoint.run_folder import checkpoints
+from tp2d_helpers.checkpoint.settings import record_run
 from tp2d_helpers.config import Config
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
 from tp2d_helpers.demo import build_model
@@ -110,6 +112,41 @@ def test_an_epoch_that_is_shorter_now(train: Train, tmp_path: Path, debug_steps:
         expected = plain_run(run.config)
         expected.records = expected.records[4:]
         assert_equal_runs(run, expected)
+
+
+def _compute_in_bf16(names: dict[str, Any]) -> None:
+    from tp2d_helpers.model import engine
+
+    engine.get_mixed_precision_dtype = lambda: torch.bfloat16
+
+
+@pytest.mark.parametrize("zero_stage, dp_size", [(1, 2), (1, 1), (0, 1)])
+def test_another_precision_by_another_device(train: Train, tmp_path: Path, zero_stage: int, dp_size: int) -> None:
+    """ "auto" was bf16 on a GPU and is fp32 here. Only the workers know, where Ray doesn't name the GPUs."""
+    begun = train("qwen2-tied", debug_steps=1, zero_stage=zero_stage, patch=_compute_in_bf16)
+    config = copy_at(begun, tmp_path, step=1).change(num_epochs=2, dp_size=dp_size, batch_size_per_gpu=4 // dp_size)
+    with pytest.raises(
+        RuntimeError, match=r"precision: .*checkpoint_00000001 was trained in bf16, .* computes in fp32"
+    ):
+        run_grid(config.model_dump())
+
+
+def _tokenise_other_data(names: dict[str, Any]) -> None:
+    from tp2d_helpers.data.dataloader import TokenDataset
+
+    if os.environ["RANK"] == "1":
+        TokenDataset.identity = {"documents": 1, "tokens": 2, "sha256": "3"}
+
+
+def test_a_node_with_other_data_is_found(train: Train, tmp_path: Path) -> None:
+    """A file of the same name on its own disk, or one that was replaced between two attempts. All ranks stop."""
+    message = "rank 1 has other data than the run .*'sha256': '3'.*; all nodes must see the same files"
+    with pytest.raises(RuntimeError, match=message):
+        train("qwen2-tied", dp_size=2, patch=_tokenise_other_data)
+    config = Config(**train("qwen2-tied", **LIFE, tp_size=1, dp_size=2).config).change(storage_path=str(tmp_path))
+    record_run(config, {"documents": 1, "tokens": 2, "sha256": "4"})
+    with pytest.raises(RuntimeError, match=r"rank 0 has other data than the run .* not .*'sha256': '4'"):
+        run_grid(config.model_dump())
 
 
 def test_a_loop_over_an_epoch_without_steps_is_refused(train: Train) -> None:

@@ -60,6 +60,18 @@ def test_a_checkpoint_without_the_metric_is_the_worst(config: Config, metrics: d
     assert Path(manager.latest_checkpoint_result.checkpoint.path).name == "checkpoint_00000010"
 
 
+def test_another_order_to_keep_checkpoints_by(config: Config) -> None:
+    """Ray puts a new one into its list as if that were in the order of now; from a wrong end, it deletes the best."""
+    for name, loss in (("00000005", 2.0), ("00000007", 3.0), ("00000010", 4.0)):
+        checkpoint(config, name, eval_loss=loss)
+    storage = StorageContext(storage_path=config.storage_path, experiment_dir_name="x")
+    for by, steps in (("newest", [5, 7, 10]), ("eval_loss", [10, 7, 5]), ("newest", [5, 7, 10])):
+        mend_ray_snapshot(config.change(keep_checkpoints_by=by))
+        manager = CheckpointManager(CheckpointConfig(3), storage)
+        names = [Path(result.checkpoint.path).name for result in manager._checkpoint_results]
+        assert names == [f"checkpoint_{step:08d}" for step in steps]
+
+
 def test_the_newest_comes_first(tmp_path: Path) -> None:
     names = ["checkpoint_00000030", "checkpoint_00000020_10", "checkpoint_00000020_2", "checkpoint_00000020"]
     for name in [*names, "checkpoint_notes"]:

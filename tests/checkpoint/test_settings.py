@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tp2d_helpers.checkpoint.files import write_json
-from tp2d_helpers.checkpoint.run_folder import FORMAT, read_manifest, write_manifest
+from tp2d_helpers.checkpoint.run_folder import FORMAT, last_step, read_manifest, write_manifest
 from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.data.dataloader import TokenDataset
@@ -87,6 +87,16 @@ def test_before_a_checkpoint_what_is_asked_counts(first: Config, asked: dict[str
     assert ("begins anew" in found["checkpoint"][1]) if left else not found
 
 
+def test_auto_is_compared_by_what_it_came_to(first: Config) -> None:
+    """Where it is known; the workers compare it in any case."""
+    folder = checkpoint(first)
+    manifest = read_manifest(folder)
+    write_json(folder / "rank_0.json", {**manifest, "precision": "bf16"})
+    assert continue_run(first).precision == "auto" and continue_run(first.change(precision="bf16"))
+    with pytest.raises(ConfigError, match="precision: 'bf16' then, 'fp32' now"):
+        continue_run(first.change(precision="fp32"))
+
+
 # Hyperparameters.
 
 
@@ -134,6 +144,17 @@ def test_every_setting_counts_or_is_refused(first: Config) -> None:
 def test_an_epoch_that_is_over_is_told(first: Config, steps: int, num_epochs: int, told: str) -> None:
     checkpoint(first)
     assert rows(first.change(num_epochs=num_epochs), steps)["checkpoint"][1] == told
+
+
+@pytest.mark.parametrize("where, steps, num_epochs, last", [
+    (dict(), 6, 2, 12), (dict(), 3, 2, 6), (dict(), 2, 3, 7), (dict(), 2, 1, 3), (dict(step=9, epoch=1), 6, 2, 12),
+    (dict(step=9, epoch=1), 2, 2, 9), (dict(step=12, epoch=2, epoch_step=0), 6, 1, 12), (None, 6, 2, 12),
+])  # fmt: skip
+def test_the_last_step(first: Config, where: dict[str, int] | None, steps: int, num_epochs: int, last: int) -> None:
+    """As the progress counts it, whatever the length of epochs was before."""
+    if where is not None:
+        checkpoint(first, **where)
+    assert last_step(first.change(num_epochs=num_epochs), steps) == last
 
 
 # The data.

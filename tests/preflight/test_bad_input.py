@@ -719,6 +719,16 @@ def test_precision_row(settings: dict[str, Any], resources: dict[str, float], ex
     assert checks.check_precision(make_config(**settings), resources) == expected
 
 
+@pytest.mark.parametrize("settings, resources, expected", [
+    (dict(use_gpu=False), GPUS, "fp32"), (dict(use_gpu=True), GPUS, "bf16"), (dict(use_gpu=True), OLD_GPUS, "fp16"),
+    (dict(use_gpu=True), {"GPU": 4.0}, "auto"), (dict(use_gpu=True), {"accelerator_type:Unheard-of": 1.0}, "auto"),
+    (dict(use_gpu=True), GPUS | OLD_GPUS, "fp16"), (dict(use_gpu=True, precision="fp32"), OLD_GPUS, "fp32"),
+])  # fmt: skip
+def test_what_auto_precision_comes_to(settings: dict[str, Any], resources: dict[str, float], expected: str) -> None:
+    """It is recorded, so that a run goes on in it or is refused; "auto" only where the workers have to find out."""
+    assert checks.settled_precision(make_config(**settings), resources) == expected
+
+
 def test_cluster_row(cluster: dict[str, float]) -> None:
     assert ray_cluster.describe_cluster(cluster).startswith("1 node, 2 CPU cores, 0 GPUs;")
     assert "4 GPUs (H100)" in ray_cluster.describe_cluster(GPUS)

@@ -113,6 +113,14 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def last_step(config: Config, steps_per_epoch: int) -> int:
+    """The step that the run will end with, counted from its newest complete checkpoint on."""
+    newest, _ = newest_checkpoint(config.run_dir)
+    where = read_manifest(newest) if newest else dict(step=0, epoch=0, epoch_step=0)
+    done = min(where["epoch_step"], steps_per_epoch)  # an epoch that is shorter now is over
+    return where["step"] + max((config.num_epochs - where["epoch"]) * steps_per_epoch - done, 0)
+
+
 def remove_unfinished(run_dir: Path) -> list[str]:
     """Remove what was left of writes that were cut off, and can never be used; return a line for each.
 
@@ -155,22 +163,23 @@ def check_origin(folder: Path, trusted: bool) -> None:
 
 
 def mend_ray_snapshot(config: Config) -> None:
-    """Make Ray Train's list of checkpoints name those that are complete, if it doesn't.
+    """Make Ray Train's list of checkpoints name those that are complete, the best last, if it doesn't.
 
-    Ray would stop at one that is gone, at a list that was cut off or that another version wrote, and it would never
-    delete one that was complete but not yet on its list when the run was killed.
+    Ray would stop at one that is gone, at a list that was cut off or that another version wrote. It would never delete
+    one that was complete but not yet on its list when the run was killed. And it would delete the wrong one where
+    another `keep_checkpoints_by` has put the list in order.
     """
     path = config.run_dir / RAY_SNAPSHOT
     complete = [folder for folder in reversed(checkpoints(config.run_dir)) if problem_of(folder) is None]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads(path.read_text())
-        listed = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
-        if state["ray_version"] == importlib.metadata.version("ray") and listed == {folder.name for folder in complete}:
-            return
     metrics = {folder.name: read_manifest(folder).get("metrics", {}) for folder in complete}
     order = {name: index for index, name in enumerate(metrics)}
     if config.keep_checkpoints_by != "newest":  # Ray keeps the last of its list; one without the metric is the worst
         order = dict(sorted(order.items(), key=lambda item: _score(metrics[item[0]], config.keep_checkpoints_by)))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads(path.read_text())
+        listed = [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
+        if state["ray_version"] == importlib.metadata.version("ray") and listed == list(order):
+            return
     results = [{"checkpoint_dir_name": name, "metrics": metrics[name]} for name in order]
     latest = {"checkpoint_dir_name": complete[-1].name, "metrics": metrics[complete[-1].name]} if complete else None
     lists = ("pending_training_results", "pending_validation_specs", "validated_checkpoint_dir_names",

@@ -34,6 +34,7 @@ from tp2d_helpers.checkpoint.restore import (
 )
 from tp2d_helpers.checkpoint.writer import CheckpointWriter
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.model.engine import PRECISIONS
 from tp2d_helpers.speed.agreement import everywhere
 
 
@@ -98,7 +99,8 @@ def save_checkpoint(
     writer.save(random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
     metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
     where = {"step": step, "epoch": epoch, "epoch_step": epoch_step}
-    facts = {**where, "world_size": dist.get_world_size(), **_grid(engine), "metrics": metrics}
+    facts = {**where, "world_size": dist.get_world_size(), **_grid(engine), "precision": _precision(engine)}
+    facts["metrics"] = metrics
     _report(folder, writer, facts, background)
 
 
@@ -192,7 +194,12 @@ def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> 
     if folder is None:
         return None, ""
     run_folder.check_origin(folder, trusted)
-    manifest = run_folder.read_manifest(folder)
+    manifest, now = run_folder.read_manifest(folder), _precision(engine)
+    if manifest["precision"] != now:
+        raise ConfigError(
+            f"precision: {folder} was trained in {manifest['precision']}, and this run computes in {now}; set "
+            f"precision to {manifest['precision']!r}, or take another experiment_name"
+        )
     same = all(manifest[name] == value for name, value in _grid(engine).items())
     return folder, f"step_{manifest['step']:08d}" if same else universal_checkpoint(folder)
 
@@ -222,6 +229,11 @@ def _new_folder(run_dir: Path, step: int) -> Path:
         return folder
 
     return _on_rank_0(choose)
+
+
+def _precision(engine: deepspeed.DeepSpeedEngine) -> str:
+    dtype = next(engine.module.parameters()).dtype
+    return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def _grid(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:

@@ -37,8 +37,10 @@ def record_run(config: Config, data: dict[str, Any] | None = None) -> None:
 
 
 def settings_of(run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """What was recorded when a checkpoint was written; without one, at the last launch."""
-    return (checkpoint and read_manifest(checkpoint).get("settings")) or recorded(run_dir)
+    """What was recorded when a checkpoint was written, with the precision it was; without one, at the last launch."""
+    manifest = read_manifest(checkpoint) if checkpoint else {}
+    then = manifest.get("settings") or recorded(run_dir)
+    return then | {name: manifest[name] for name in ("precision",) if then and name in manifest}
 
 
 def continue_run(config: Config) -> Config:
@@ -62,7 +64,10 @@ def continue_run(config: Config) -> Config:
     if newest:
         check_origin(newest, config.trust_checkpoint)
     found, now = settings_of(config.run_dir, newest), config.model_dump()
-    differing = [f"{k}: {found[k]!r} then, {now[k]!r} now" for k in IDENTITY if k in found and found[k] != now[k]]
+    names = [name for name in IDENTITY if name in found and found[name] != now[name]]
+    if "auto" in (found.get("precision"), now["precision"]):  # not known before the launch: see `load_checkpoint`
+        names = [name for name in names if name != "precision"]
+    differing = [f"{name}: {found[name]!r} then, {now[name]!r} now" for name in names]
     if differing:
         raise ConfigError(
             f"experiment_name = {config.experiment_name!r}: {config.run_dir} holds a run with other settings "

@@ -164,16 +164,24 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
     return steps, data.identity, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
 
 
+def settled_precision(config: Config, resources: dict[str, float]) -> str:
+    """What "auto" comes to; it stays "auto" where Ray doesn't say which GPUs there are, or one is not known here."""
+    devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
+    if config.precision != "auto" or not config.use_gpu:
+        return "fp32" if config.precision == "auto" else config.precision
+    if any(device and not device.bf16 for device in devices):
+        return "fp16"
+    return "bf16" if devices and all(devices) else "auto"
+
+
 def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, str]:
     """(what the devices compute in, what the run will), by the GPU types that Ray reports.
 
     Raises:
         ConfigError: for bf16 master weights of a run that doesn't compute in bf16, and for fp16 on a CPU without it.
     """
-    devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
-    old = config.use_gpu and any(device and not device.bf16 for device in devices)
-    device = "fp32" if not config.use_gpu else "fp16" if old else "bf16"
-    precision = device if config.precision == "auto" else config.precision
+    old = settled_precision(config.change(precision="auto"), resources) == "fp16"
+    precision = settled_precision(config, resources).replace("auto", "bf16")
     if config.master_weights == "bf16" and precision != "bf16":
         raise ConfigError(
             f"master_weights = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "

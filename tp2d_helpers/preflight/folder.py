@@ -11,6 +11,7 @@ from tp2d_helpers.checkpoint.files import lock_run
 from tp2d_helpers.checkpoint.run_folder import (
     checkpoints,
     is_finished,
+    last_step,
     mend_ray_snapshot,
     newest_checkpoint,
     problem_of,
@@ -90,9 +91,8 @@ def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> 
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}, so that a step keeps its "
             f"{config.global_batch_size} samples"
         )
-    over = manifest["epoch_step"] >= steps
-    if over:
+    if manifest["epoch_step"] >= steps:
         chosen.append(f"epoch {manifest['epoch'] + 1} is over: {manifest['epoch_step']} steps of {steps} are done")
-    if manifest["epoch"] + over >= config.num_epochs:
+    if last_step(config, steps) == manifest["step"]:
         chosen.append(f"nothing is left to train: num_epochs is {config.num_epochs}")
     return chosen

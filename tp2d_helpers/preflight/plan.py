@@ -23,6 +23,7 @@ from tp2d_helpers.preflight.checks import (
     check_precision,
     check_resilience,
     check_versions,
+    settled_precision,
 )
 from tp2d_helpers.preflight.cluster import (
     check_placement,
@@ -81,13 +82,13 @@ def preflight(config: Config) -> Plan:
     resources, given = connect(), config
     config, why = settle(config, resources)
     check_resilience(config)
-    then, config = config, continue_run(config)
+    then, config = config, continue_run(config.change(precision=settled_precision(config, resources)))
     rows = [("versions", check_versions(), "")]
     rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
     first = first_size(config, resources)
     resources_per_worker = check_resources(first, resources)
     counts = check_placement(first, resources_per_worker)
-    rows.append(("precision", *check_precision(config, resources)))
+    rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))
     if given.learning_rate == "auto":
