@@ -13,6 +13,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.utils import SafetensorsRepoMetadata
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -278,5 +280,22 @@ def test_a_hub_model_that_is_still_to_come(cached: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"model-00002-of-\d+.safetensors of \d+ files .* missing"):
         check_weights("org/parts", model)
     monkeypatch.setattr("tp2d_helpers.preflight.weights.is_offline_mode", lambda: False)
-    assert check_weights("org/parts", model) == "weights to be downloaded"
-    assert check_weights("org/unknown", model) == "weights to be downloaded"
+    assert check_weights("org/parts", model) == "weights to be downloaded, not looked at"
+    assert check_weights("org/unknown", model) == "weights to be downloaded, not looked at"
+
+
+def test_the_headers_of_the_hub(in_parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a download of many gigabytes."""
+
+    def headers(name: str) -> SafetensorsRepoMetadata:
+        files = {file.name: parse_local_safetensors_file_metadata(file) for file in in_parts.glob("*.safetensors")}
+        place = {name: file for file, header in files.items() for name in header.tensors}
+        return SafetensorsRepoMetadata(metadata={}, sharded=True, weight_map=place, files_metadata=files)
+
+    model, files = ModelFacts.read(str(in_parts)), sorted(in_parts.glob("*.safetensors"))
+    monkeypatch.setattr("tp2d_helpers.preflight.weights.is_offline_mode", lambda: False)
+    monkeypatch.setattr("tp2d_helpers.preflight.weights.get_safetensors_metadata", headers)
+    assert check_weights("org/far", model) == f"weights in {len(files)} files of the hub, F32"
+    files[0].unlink()
+    with pytest.raises(ConfigError, match=rf"'org/far': each of {len(files) - 1} files lacks .*, which would be drawn"):
+        check_weights("org/far", model)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub import get_safetensors_metadata, is_offline_mode, try_to_load_from_cache
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -54,14 +54,15 @@ def check_weights(model_name: str, model: ModelFacts) -> str:
         if _find(model_name, "adapter_config.json"):
             raise ConfigError("holds an adapter (adapter_config.json): merge it with its model, and take the result")
         files = _files(model_name)
-        if not files:
-            return "weights to be downloaded"
         weights = {name: weight for path, names in files.items() for name, weight in _read(path, names).items()}
-        unused = _compare(model, weights)
+        weights = weights or _read_from_hub(model_name)
+        unused = _compare(model, weights) if weights else set()
     except ConfigError as error:
         raise ConfigError(f"model_name = {model_name!r}: {error}") from error.__cause__
-    widths = ", ".join(sorted({weight.dtype for weight in weights.values()}))
-    found = f"weights in {len(files)} file{'s' * (len(files) > 1)}, {widths}"
+    if not weights:
+        return "weights to be downloaded, not looked at"
+    number, widths = len({weight.file for weight in weights.values()}), sorted({w.dtype for w in weights.values()})
+    found = f"weights in {number} file{'s' * (number > 1)}{'' if files else ' of the hub'}, {', '.join(widths)}"
     return found + (f"; not used: {_some(unused)}" if unused else "")
 
 
@@ -141,6 +142,16 @@ def _load(target: torch.nn.Module, weights: dict[str, Weight]) -> LoadStateDictI
         target.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         target._adjust_missing_and_unexpected_keys(found)
     return found
+
+
+def _read_from_hub(model_name: str) -> dict[str, Weight]:
+    """What the files hold that are still to be downloaded: the hub gives their headers. Nothing if it doesn't."""
+    try:
+        found = get_safetensors_metadata(model_name)
+    except Exception:  # no safetensors, or a mirror that can't; the row says so
+        return {}
+    files = found.files_metadata.items()
+    return {n: Weight(file, w.dtype, w.shape) for file, header in files for n, w in header.tensors.items()}
 
 
 def _compare(model: ModelFacts, weights: dict[str, Weight]) -> set[str]:
