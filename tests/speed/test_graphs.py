@@ -154,8 +154,10 @@ def test_a_model_that_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     model = load_model(str(tiny_model("llama")), torch.float32)
     forward = model.forward
     monkeypatch.setattr(graphs, "_graphed", fail)
-    monkeypatch.setattr(graphs, "first_trouble", lambda trouble: trouble)  # in a world of one
-    assert graphs.replay_passes(model, SHAPE, False, alone=True) == "operation not permitted when stream is capturing"
+    assert (
+        graphs.replay_passes(model, SHAPE, False, alone=True)
+        == "rank 0: operation not permitted when stream is capturing"
+    )
     assert model.forward == forward
 
 
@@ -204,7 +206,7 @@ def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) 
         model = load_model(str(tiny_model("llama")), torch.float32).cuda()
         graphs.skip_search_for_packed_samples(model)
         if replays:
-            assert graphs.replay_passes(model, SHAPE, keeps_gradients=True) == ""
+            assert graphs.replay_passes(model, SHAPE, keeps_gradients=True, alone=True) == ""
         optimizer, draw, losses = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator().manual_seed(0), []
         for samples in (2, 2, 1, 2, 2):
             for _ in range(accumulation):

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 
 def everywhere(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Each rank's value, in the order of ranks. Collective over the group, or else the world."""
+    """Each rank's value, in the order of ranks. Collective over the group, or else the world (of one, without groups)."""
+    if not dist.is_initialized():
+        return [value]
     found = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
