@@ -28,7 +28,8 @@ def run(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.M
 
 
 def checked(config: Config) -> tuple[int, str, str]:
-    return check_data(config, ModelFacts.read(config.model_name))
+    steps, _, found, chosen = check_data(config, ModelFacts.read(config.model_name))
+    return steps, found, chosen
 
 
 def write_rows(path: Path, *texts: str | None) -> None:
