@@ -7,7 +7,7 @@ __getattr__ = lazy(
     {
         "prepare_tokens": "tokens",
         "load_tokenizer": "tokens",
-        "load_text": "tokens",
+        "load_text": "text",
         "TokenDataset": "dataloader",
         "GlobalBatchSampler": "dataloader",
         "create_dataloader": "dataloader",
