@@ -153,13 +153,14 @@ def load_checkpoint(
     if folder is None:
         return Progress()
     engine.checkpoint_engine = CheckpointWriter()
-    engine._config.load_universal_checkpoint = tag == UNIVERSAL
+    # What the key "checkpoint": {"load_universal": …} of the config sets for good, before it is known what is there.
+    engine.load_universal_checkpoint = lambda: tag == UNIVERSAL
     try:
         with safe_loading(), settings_stay(engine), without_padding(engine):
             path, state = engine.load_checkpoint(str(folder), tag=tag)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
-    engine._config.load_universal_checkpoint = False
+    del engine.load_universal_checkpoint
     if path is None:
         raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
     progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})

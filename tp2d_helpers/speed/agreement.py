@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 def everywhere(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Each rank's value, in the order of ranks. Collective over the group, or else the world (of one, without groups)."""
+    """Each rank's value, in the order of ranks. Collective over the group, or else the world (one, if alone)."""
     if not dist.is_initialized():
         return [value]
     found = [None] * dist.get_world_size(group)

@@ -7,6 +7,7 @@ they are, and clipping and the check for infinities are arguments of the fused A
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from torch.optim.adamw import adamw
 
 from tp2d_helpers.speed.agreement import everywhere
 
@@ -41,7 +43,6 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
             self._step_group(i, clip, infinite, scalars)
             self.free_grad_in_param_list(self.params_in_partition[i])
             self.averaged_gradients[i] = self.all_grad_tensors[i] = None
-        self.optimizer._opt_called = True  # the schedule warns otherwise
         self._lazy_init_hp_params_optimizer_state()
         if dist.get_world_size(self.dp_process_group) > 1:
             all_gather_dp_groups(
@@ -111,10 +112,11 @@ def _fused_adamw(
     sizes = [gradient.numel() for gradient in gradients]
     parts = [tensor.split(sizes) for tensor in (masters, means, squares)]
     for gradient, master, mean, square in zip(gradients, *parts, strict=True):
-        torch._fused_adamw_(
-            [master], [gradient.flatten().float()], [mean], [square], [], [step], lr=settings["lr"], beta1=beta1,
-            beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"], amsgrad=False, maximize=False,
-            grad_scale=clip, found_inf=infinite,
+        before = step - 1 + infinite  # counted already; the function counts, too
+        adamw(
+            [master], [gradient.flatten().float()], [mean], [square], [], [before], fused=True, grad_scale=clip,
+            found_inf=infinite, lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
+            eps=settings["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
 
 
@@ -127,5 +129,7 @@ def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
         # The kernels round differently: with both in a TP group, weights that all ranks hold would drift apart.
         triton = all(everywhere(OnePassAdamW is not None))
         optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {} if triton else None
+        # The schedule misses the step of the optimizer inside, which is never called.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
         betas = optimizer.optimizer.param_groups[0]["betas"]
         optimizer.betas = torch.tensor(betas, dtype=torch.float64, device=optimizer.device)
