@@ -172,11 +172,13 @@ def _signing(record: Path) -> Iterator[None]:
     released, started = threading.Event(), time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
     def sign() -> None:
+        """Write the record anew."""
         with contextlib.suppress(OSError):  # a full disk is for the training to report
             who = dict(pid=os.getpid(), host=socket.gethostname(), machine=machine(), started=started)
             write_json(record, who | {"time": time.time()}, durable=False)
 
     def go_on() -> None:
+        """Sign until the folder is released."""
         while not released.wait(SIGN_SECONDS):
             sign()
 

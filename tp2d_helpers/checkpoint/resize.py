@@ -145,6 +145,7 @@ def end_with_parent() -> None:
     """End this process and all that it starts as soon as the other end of its standard input is gone."""
 
     def wait() -> None:
+        """Read until the other end is closed; then end the process group."""
         while os.read(0, 1024):  # not sys.stdin, whose lock would be held at the end
             pass
         os.killpg(0, signal.SIGKILL)

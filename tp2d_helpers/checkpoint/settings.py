@@ -103,6 +103,7 @@ def check_same_data(then: dict[str, Any] | None, now: dict[str, Any], dataset_na
     """
 
     def describe(data: dict[str, Any]) -> str:
+        """An identity in words."""
         return f"{data['documents']:,} documents of {data['tokens']:,} tokens, SHA-256 {data['sha256'][:12]}…"
 
     if then and then != now:

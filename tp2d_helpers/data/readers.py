@@ -61,6 +61,7 @@ def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[An
 
 
 def no_column(text_column: str, where: str, names: list[str]) -> ConfigError:
+    """The error of a file or data set without the text column."""
     return ConfigError(f"text_column = {text_column!r}: {where} has no such column; it has {names}")
 
 

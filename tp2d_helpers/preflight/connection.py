@@ -100,6 +100,7 @@ def _see_a_worker() -> None:
     """Let a worker process start as those of a run do: with an environment of its own, for which Ray asks a shell."""
 
     def started() -> bool:
+        """That it runs is the answer."""
         return True
 
     task = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": {"TP2D_PROBE": "1"}})(started).remote()
