@@ -157,4 +157,3 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Any]]] = {
     ".tsv": _read_csv,
     ".arrow": _read_arrow,
 }
-TEXT_FORMATS = [name for name in READERS if name not in (".parquet", ".arrow")]
