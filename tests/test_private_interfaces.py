@@ -243,6 +243,17 @@ def transformers_loading() -> None:
     assert -1 not in places and places == sorted(places)
 
 
+@interface("revert_weight_conversion")
+def transformers_published_names() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", hidden_size=64, num_hidden_layers=1))
+    head = {"lm_head.weight": model.lm_head.weight}
+    assert list(revert_weight_conversion(model, head)) == ["embed_out.weight"]
+
+
 @interface("_render_traceback_")
 def ipython_traceback() -> None:
     from IPython.core.interactiveshell import InteractiveShell

@@ -9,14 +9,16 @@ at a time is put together, written and freed: memory peaks at a small multiple o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
@@ -25,7 +27,18 @@ from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts
 
 MAX_FILE_BYTES = 2 * 10**9  # the weights of a larger model are divided among several files
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.bool: "BOOL",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}  # fmt: skip — as safetensors calls them
 
 
 def export_checkpoint(
@@ -33,7 +46,8 @@ def export_checkpoint(
 ) -> Path:
     """Write `config.json`, `generation_config.json`, safetensors and tokenizer of a checkpoint's model.
 
-    The weights are in the dtype they were trained in (bf16: the rounding of the fp32 masters).
+    The safetensors have the names and values that `save_pretrained` would give the trained model: its weights, in the
+    dtype they were trained in (bf16: the rounding of the fp32 masters), and its persistent buffers.
 
     Args:
         checkpoint: the folder that Ray Train kept, with DeepSpeed's folder `step_<n>` in it. It is only read.
@@ -50,6 +64,8 @@ def export_checkpoint(
     model = ModelFacts.read(model_name, trust_remote_code)
     model.config.dtype, ranks = open_shards(tag)
     whole = {name: parameter.to(model.config.dtype) for name, parameter in model.meta.named_parameters()}
+    tied = dict(model.meta.named_parameters(remove_duplicate=False))  # under each of their names
+    whole |= {name: _buffer(name, ranks) for name in model.meta.state_dict() if name not in tied}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         new = Path(scratch, "new")
@@ -57,7 +73,7 @@ def export_checkpoint(
         load_tokenizer(model_name, trust_remote_code).save_pretrained(new)
         with contextlib.suppress(OSError):  # not every model has one
             shutil.copy(cached_file(model_name, "generation_config.json"), new)
-        _write_weights(new, whole, ranks)
+        _write_weights(new, model.meta, whole, ranks)
         if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
             folder.rename(Path(scratch, "older"))
         new.rename(folder)
@@ -83,8 +99,60 @@ def write_safetensors(path: Path, plan: dict[str, torch.Tensor], tensors: Iterab
             del tensor  # before the next one is made
 
 
-def _write_weights(folder: Path, whole: dict[str, torch.Tensor], ranks: list[dict[str, Pieces]]) -> None:
-    """One safetensors file, or several and their index."""
+def _buffer(name: str, ranks: list[dict[str, Pieces]]) -> torch.Tensor:
+    """Shape and dtype of a persistent buffer, which every rank has whole."""
+    if name not in ranks[0]:
+        raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
+    return torch.empty_like(ranks[0][name][1][0], device="meta")
+
+
+def published(
+    model: torch.nn.Module, whole: dict[str, torch.Tensor], weight: Callable[[str], torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor]]:
+    """The names and forms of a model's published files, where `transformers` has its own for what is in memory.
+
+    Args:
+        model: without storage.
+        whole: by the names in memory, tensors of the shapes and dtypes to write; meta ones will do.
+        weight: gives one of them, by its name.
+
+    Returns:
+        (the same by published names, what gives one of those). It comes from one weight in memory; only where the
+        published one is made of several are all of them held at once.
+    """
+
+    def revert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights as they are published."""
+        return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, weights).items()}
+
+    targets = revert(dict(whole))
+    try:
+        parts = {name: revert({name: tensor}) for name, tensor in whole.items()}
+    except Exception:  # one of several alone
+        parts = {}
+    shapes = {target: tensor.shape for part in parts.values() for target, tensor in part.items()}
+    if shapes != {target: tensor.shape for target, tensor in targets.items()}:
+        return targets, revert({name: weight(name) for name in whole}).__getitem__
+    sources = {target: name for name, part in parts.items() for target in part}
+    several = functools.lru_cache(maxsize=1)(lambda source: revert({source: weight(source)}))
+
+    def target(name: str) -> torch.Tensor:
+        """A published weight; of those that share a source, which come one after the other, it is made once."""
+        source = sources[name]
+        return several(source)[name] if len(parts[source]) > 1 else revert({source: weight(source)})[name]
+
+    return targets, target
+
+
+def _write_weights(
+    folder: Path, model: torch.nn.Module, whole: dict[str, torch.Tensor], ranks: list[dict[str, Pieces]]
+) -> None:
+    """One safetensors file, or several and their index.
+
+    Args:
+        model: without storage.
+        whole: by its names, tensors of the shapes and dtypes to write.
+    """
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, put together from the ranks' shards."""
@@ -94,10 +162,11 @@ def _write_weights(folder: Path, whole: dict[str, torch.Tensor], ranks: list[dic
         shards = [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)]
         return merge(name, shards, whole[name].shape, whole[name].dtype)
 
-    plan = split_torch_state_dict_into_shards(whole, max_shard_size=MAX_FILE_BYTES)
+    targets, target = published(model, whole, weight)
+    plan = split_torch_state_dict_into_shards(targets, max_shard_size=MAX_FILE_BYTES)
     for file, names in plan.filename_to_tensors.items():
         # `map` holds on to none of the weights.
-        write_safetensors(folder / file, {name: whole[name] for name in names}, map(weight, names))
+        write_safetensors(folder / file, {name: targets[name] for name in names}, map(target, names))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -78,7 +78,8 @@ def _stage3_shards(tag: Path, tp_rank: int, states: dict[str, Any]) -> dict[str,
             raise ValueError(f"{path} has {found} fp32 master weights; by the model's shapes it must have {needed}")
         for (name, size), end in zip(sizes.items(), itertools.accumulate(sizes.values()), strict=True):
             pieces[name] += _cut(groups, end - size, end)
-    return {name: (shape, pieces[name]) for name, shape in shapes.items()}
+    buffers = {name: (tensor.shape, [tensor]) for name, tensor in states["module"].items() if name not in shapes}
+    return buffers | {name: (shape, pieces[name]) for name, shape in shapes.items()}
 
 
 def _cut(groups: list[torch.Tensor], start: int, end: int) -> Iterator[torch.Tensor]:
