@@ -278,7 +278,7 @@ def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
     cleaned = clean(executed, REPLACE)
 
     assert executed == before, "the notebook that was given is changed"
-    assert cleaned.metadata == {**METADATA, "toc": {"depth": 2}}
+    assert cleaned.metadata == {**METADATA, "toc": {"depth": 2}, "tp2d": {"seconds": {"core": 65}}}
     assert [c.source for c in cleaned.cells] == [c.source for i, c in enumerate(before.cells) if i != 1]
     assert [c.execution_count for c in cleaned.cells if c.cell_type == "code"] == [1, 2, 3]
     launch = cleaned.cells[2]
