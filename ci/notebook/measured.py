@@ -4,8 +4,8 @@
     [1.19 times](results/h200x2.json "fastest ours=false: step_ms / fastest ours=true: step_ms") as long
 
 The link's title says which value: the entry of the file's `candidates` by its name, by values and settings of it or
-both, then the key. Without an entry it is the keys from the top of the file, as in "totals.matmul_ms". `fastest` takes
-the one with the most tokens/s per GPU where several fit. Two values with " / " between them are a ratio. The text says
+both, then the key. Without an entry it is the keys from the top of the file, as in "totals.matmul_ms", or in a notebook
+"metadata.tp2d.seconds.core". `fastest` takes the entry with the most tokens/s per GPU where several fit. Two values with " / " between them are a ratio. The text says
 how the number is written: its digits after the point, and a percent sign for a share; thousands get commas.
 """
 
@@ -18,7 +18,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-LINK = re.compile(r'\[(?P<text>[^\[\]]*)\]\((?P<file>[^()\s]+\.json) "(?P<title>[^"]+)"\)')
+LINK = re.compile(r'\[(?P<text>[^\[\]]*)\]\((?P<file>[^()\s]+\.(?:json|ipynb)) "(?P<title>[^"]+)"\)')
 NUMBER = re.compile(r"\d[\d,]*(?:\.(?P<digits>\d+))?(?P<percent>\s?%)?")
 SPEED = "tokens_per_second_per_gpu"
 

@@ -129,7 +129,6 @@ def refresh_texts() -> int:
 
 def refresh() -> int:
     """Run the notebook on its own parameters and store its outputs in it, unless a cell fails."""
-    refresh_texts()
     before = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         storage = Path(folder).resolve()
@@ -145,4 +144,4 @@ def refresh() -> int:
         raise ValueError(f"{NOTEBOOK.name} was edited during the run and is left as it is; run again")
     store(cleaned)
     print(f"stored the outputs of {len(code_cells(cleaned))} cells in {NOTEBOOK}")
-    return 0
+    return refresh_texts()

@@ -75,6 +75,13 @@ def test_what_is_wrong_with_a_link_is_said(folder, link, reason):
         refresh_numbers(link, folder)
 
 
+def test_a_time_that_the_notebook_keeps(folder):
+    notebook = new_notebook(metadata={"tp2d": {"seconds": {"core": 85}}})
+    nbformat.write(notebook, folder / "n.ipynb")
+    link = '[{}](n.ipynb "metadata.tp2d.seconds.core")'
+    assert refresh_numbers(link.format("1 second"), folder) == link.format("85 second")
+
+
 def test_the_fastest_is_among_those_that_ran():
     assert value_of(RESULTS, "fastest fsdp2: step_ms") == 1928.0
     with pytest.raises(ValueError, match="fits 0 entries"):
@@ -100,5 +107,5 @@ def test_the_texts_have_the_numbers_of_the_results(file):
         texts = [cell.source for cell in nbformat.read(file, as_version=4).cells if cell.cell_type == "markdown"]
     assert [problem for text in texts for problem in outdated(text, file.parent)] == []
     # A title whose link is written in another way would never be compared.
-    titled = [text.count('.json "') - len(LINK.findall(text)) for text in texts]
+    titled = [len(re.findall(r'\.(?:json|ipynb) "', text)) - len(LINK.findall(text)) for text in texts]
     assert not any(titled), "a link to a results file with a title that isn't read as a measured number"
