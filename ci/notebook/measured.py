@@ -5,8 +5,9 @@
 
 The link's title says which value: the entry of the file's `candidates` by its name, by values and settings of it or
 both, then the key. Without an entry it is the keys from the top of the file, as in "totals.matmul_ms", or in a notebook
-"metadata.tp2d.seconds.core". `fastest` takes the entry with the most tokens/s per GPU where several fit. Two values with " / " between them are a ratio. The text says
-how the number is written: its digits after the point, and a percent sign for a share; thousands get commas.
+"metadata.tp2d.seconds.core". `fastest` takes the entry with the most tokens/s per GPU where several fit. Two values
+with " / " between them are a ratio. The text says how the number is written: its digits after the point, and a percent
+sign for a share; thousands get commas.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_a_time_that_the_notebook_keeps(folder):
     notebook = new_notebook(metadata={"tp2d": {"seconds": {"core": 85}}})
     nbformat.write(notebook, folder / "n.ipynb")
     link = '[{}](n.ipynb "metadata.tp2d.seconds.core")'
-    assert refresh_numbers(link.format("1 second"), folder) == link.format("85 second")
+    assert refresh_numbers(link.format("1 s"), folder) == link.format("85 s")
 
 
 def test_the_fastest_is_among_those_that_ran():
