@@ -18,7 +18,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ci.notebook.__main__ import main
-from ci.notebook.lesson import OPTIONAL, Section, counts, minutes, rendered, run_seconds, sections
+from ci.notebook.lesson import MINUTES, OPTIONAL, Section, counts, minutes, rendered, run_seconds, sections
 
 MOST_MINUTES = 20
 MOST_LINES = 40
@@ -79,7 +79,8 @@ def lengths_of_code(notebook: NotebookNode, folder: Path) -> Iterator[str]:
 
 def contents(notebook: NotebookNode, folder: Path) -> Iterator[str]:
     first, *rest = [part for part in sections(notebook) if part.level]
-    listed = [(link.get_text(), unquote(link["href"])) for link in first.select('li a[href^="#"], td a[href^="#"]')]
+    found = first.select('li a[href^="#"], td a[href^="#"]')
+    listed = [(MINUTES.sub("", link.get_text()), unquote(str(link["href"]))) for link in found]
     expected = [(part.title, f"#{unquote(part.anchor)}") for part in rest]
     yield from (f"not in the contents: {title}" for title in expected if title not in listed)
     yield from (f"in the contents without a section: {title}" for title in listed if title not in expected)
@@ -135,7 +136,7 @@ def broken_link(link: Tag, folder: Path, anchors: set[str]) -> Iterator[str]:
             yield f"not a web address: {link['href']}"
     elif path and not (folder / path).exists():
         yield f"no such file: {link['href']}"
-    elif heading and heading not in (headings_on_github(folder / path) if path else anchors):
+    elif heading and heading not in (headings_on_github(folder / path) if path.endswith(".md") else anchors):
         yield f"no such heading: {link['href']}"
 
 
@@ -148,7 +149,8 @@ def headings_on_github(page: Path) -> set[str]:
 @pytest.fixture
 def lesson() -> NotebookNode:
     """A notebook that is as it should be."""
-    top = "# Title\n\n- [1. The grid](#1.-The-grid)\n- [Going further](#Going-further)\n- [Speed](#Speed-(2-minutes))"
+    top = "# Title\n\n- [1. The grid](#1.-The-grid)\n- [Going further](#Going-further)\n"
+    top += "- [Speed (2 minutes)](#Speed-(2-minutes))"
     shown = new_output("display_data", data={"text/plain": "def f():\n    pass", "text/html": "<pre>def f()</pre>"})
     box = "> **Try it.** Set `tp_size` to 1."
     cells = [
@@ -179,12 +181,12 @@ def test_counts(lesson, tmp_path, capsys):
     ]  # fmt: skip
     assert run_seconds(lesson) == {"core": 65, "Speed": 5}
     assert counts(parts[:2], 65) == {
-        "words of prose": "32", "code cells": "2", "lines of a cell, median / most": "2 / 3", "listings": "1",
+        "words of prose": "34", "code cells": "2", "lines of a cell, median / most": "2 / 3", "listings": "1",
         "lines of a listing, all / most": "2 / 2", "figures": "1", "plots": "0", "links": "1", "seconds to run": "65",
         "minutes, prose and run": "1", "minutes, code and listings read too": "1",
     }  # fmt: skip
-    assert minutes(parts[:2], 0) == 32 / 200
-    assert minutes(parts[:2], 0, code_too=True) == (32 + 2 + 4 + 1 + 3) / 200
+    assert minutes(parts[:2], 0) == 34 / 200
+    assert minutes(parts[:2], 0, code_too=True) == (34 + 2 + 4 + 1 + 3) / 200
     assert parts[3].seconds() == 3
     noted = {"iopub.execute_input": "2026-11-25T08:00:00.900000Z", "shell.execute_reply": "2026-11-25T08:00:04.100000Z"}
     lesson.cells[7].metadata = {"execution": noted}  # as JupyterLab writes it
@@ -208,6 +210,13 @@ def test_a_good_lesson_passes_all_checks(lesson, folder):
         (contents, 2, "The grid", "Grids", "not in the contents"),
         (contents, 0, "#Speed-(2-minutes)", "#Speed", "not in the contents"),
         (contents, 0, "- [Going", "- [Start](#Title)\n- [Going", "in the contents without a section"),
+        (
+            contents,
+            0,
+            "[1. The grid](#1.-The-grid)\n- [Going further](#Going-further)",
+            "[Going further](#Going-further)\n- [1. The grid](#1.-The-grid)",
+            "another order",
+        ),
         (recaps, 4, "**Recap:** a", "A", "1. The grid ends without a recap"),
         (recaps, 4, "samples.", "samples.\n\nAnd more.", "1. The grid ends without a recap"),
         (boxes, 4, "> **Try", "**Try", "2 boxes"),
