@@ -17,8 +17,10 @@ from bs4 import Tag
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from ci.notebook import NOTEBOOK, ROOT
 from ci.notebook.__main__ import main
 from ci.notebook.lesson import MINUTES, OPTIONAL, Section, counts, minutes, rendered, run_seconds, sections
+from ci.notebook.refresh import TEXTS
 
 MOST_MINUTES = 20
 MOST_LINES = 40
@@ -68,7 +70,9 @@ def time_of_the_optional_parts(notebook: NotebookNode, folder: Path) -> Iterator
 
 def lengths_of_code(notebook: NotebookNode, folder: Path) -> Iterator[str]:
     parts = sections(notebook)
-    cells = [cell.source.strip() for part in parts for cell in part.code]
+    # The parameters are a list to look things up in, and papermill needs them in one cell.
+    shown = [cell for part in parts for cell in part.code if "parameters" not in cell.metadata.get("tags", [])]
+    cells = [cell.source.strip() for cell in shown]
     for kind, texts in (("cell", cells), ("listing", [text for part in parts for text in part.listings()])):
         for text in texts:
             if (lines := len(text.splitlines())) > MOST_LINES:
@@ -144,6 +148,24 @@ def headings_on_github(page: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a Markdown file."""
     titles = [heading.get_text() for heading in rendered(page.read_text()).find_all(re.compile("^h[1-6]$"))]
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_lesson(check):
+    assert list(check(nbformat.read(NOTEBOOK, as_version=4), ROOT)) == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_of_the_texts(page):
+    notebook = new_notebook(cells=[new_markdown_cell(page.read_text())])
+    anchors = headings_on_github(page)
+    found = [
+        each
+        for part in sections(notebook)
+        for link in part.select("a")
+        for each in broken_link(link, page.parent, anchors)
+    ]
+    assert found + list(pictures(notebook, page.parent)) == []
 
 
 @pytest.fixture
