@@ -102,7 +102,8 @@ def plot_metrics(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for number, (label, records) in enumerate(runs.items()):
         # Later runs lie over earlier ones, as a thin line over a wide one: both stay visible where they agree.
-        style = dict(color=COLOURS[number], linewidth=5 - 3.5 * number if len(runs) > 1 else 1.5, zorder=2 + number)
+        wide = len(runs) > 1 and number == 0
+        style = dict(color=COLOURS[number], alpha=0.5 if wide else 1, linewidth=6 if wide else 1.5, zorder=2 + number)
         steps, nan = [record["step"] for record in records], math.nan
         for axis, name in ((left, "loss"), (right, "grad_norm")):
             axis.plot(

@@ -88,7 +88,8 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
         done = newest_step(path)
         every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
         steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
-        print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
+        workers = f"{config.num_workers} worker{'s' * (config.num_workers > 1)}"
+        print(f"{workers}, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
         finished, began = threading.Event(), time.time()
         thread = threading.Thread(target=_print_progress, args=(path, done, total, every, began, finished), daemon=True)
         thread.start()

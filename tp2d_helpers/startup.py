@@ -36,7 +36,7 @@ def finish() -> dict[str, Any]:
 
 
 def describe(start: dict[str, Any], launched: float) -> str | None:
-    """The parts of a launch's start in a line; None if its first step isn't done yet.
+    """The parts of a launch's start in a line, without those under 0.05 s; None if its first step isn't done yet.
 
     Args:
         start: what `finish` returned on rank 0; empty if there is none yet.
@@ -46,6 +46,6 @@ def describe(start: dict[str, Any], launched: float) -> str | None:
         return None
     parts, before = [], launched
     for phase, end in [("Ray", start["began"]), *start["ends"]]:
-        parts.append(f"{phase} {max(end - before, 0):.1f}")
+        parts += [f"{phase} {end - before:.1f}"] if end - before >= 0.05 else []
         before = max(end, before)
     return f"first step after {before - launched:.1f} s: " + ", ".join(parts)

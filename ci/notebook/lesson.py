@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nbformat
-from bs4 import BeautifulSoup, Tag
-from nbconvert.filters import markdown2html
 from nbformat import NotebookNode
+
+if TYPE_CHECKING:
+    from bs4 import BeautifulSoup, Tag
 
 OPTIONAL = "Going further"  # the heading of level 2 that begins the optional part
 WORDS_PER_MINUTE = 200
@@ -24,9 +26,18 @@ MINUTES = re.compile(r"\s*\((\d+) minutes?\)$")
 ROUNDING = 5  # seconds: stored times are rounded up to it, so that they seldom change
 
 
+def parsed(html: str) -> BeautifulSoup:
+    """HTML as a tree."""
+    from bs4 import BeautifulSoup  # not above: a machine that only trains may lack it
+
+    return BeautifulSoup(html, "html.parser")
+
+
 def rendered(markdown: str) -> BeautifulSoup:
     """Markdown as HTML, without the signs that link to headings."""
-    soup = BeautifulSoup(markdown2html(markdown), "html.parser")
+    from nbconvert.filters import markdown2html  # not above: a machine that only trains may lack it
+
+    soup = parsed(markdown2html(markdown))
     for sign in soup.select("a.anchor-link"):
         sign.decompose()
     return soup
@@ -67,11 +78,11 @@ class Section:
 
     def select(self, selector: str) -> list[Tag]:
         """The elements that a CSS selector finds."""
-        return BeautifulSoup("\n".join(map(str, self.elements)), "html.parser").select(selector)
+        return parsed("\n".join(map(str, self.elements))).select(selector)
 
     def prose(self, without: Sequence[str] = ("pre",)) -> str:
         """The text, except in tags of these names (pre: blocks of code)."""
-        soup = BeautifulSoup("\n".join(map(str, self.elements)), "html.parser")
+        soup = parsed("\n".join(map(str, self.elements)))
         for name in without:
             for tag in soup.find_all(name):
                 tag.decompose()
