@@ -22,6 +22,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 # What makes a step faster without changing what it computes (section 4 of the notebook).
 OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step", "cuda_graph")
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # where curves can be looked at
 
 
 class ConfigError(ValueError):
@@ -86,6 +87,7 @@ class Config(BaseModel):
     keep_checkpoints_by: Literal["newest", "loss", "eval_loss"] = "newest"
     async_checkpoint: bool = True
     trust_checkpoint: bool = False
+    trackers: str = "tensorboard"
     storage_path: str = "auto"
     experiment_name: str = "auto"
     # The cluster.
@@ -145,6 +147,14 @@ class Config(BaseModel):
         if unknown := [name for name in names if name not in OPTIMIZATIONS]:
             raise ValueError(f"{unknown} unknown; must be 'auto', 'none', or some of {', '.join(OPTIMIZATIONS)}")
         return ",".join(names) or text
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_trackers(cls, text: str) -> str:
+        names = [] if text == "none" else [name.strip() for name in text.split(",")]
+        if unknown := [name for name in names if name not in TRACKERS]:
+            raise ValueError(f"{unknown} unknown; must be 'none', or some of {', '.join(TRACKERS)}")
+        return ",".join(dict.fromkeys(names)) or text
 
     @property
     def num_workers(self) -> int:

@@ -38,6 +38,7 @@ from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.training.schedule import check_schedule
+from tp2d_helpers.training.trackers import check_trackers
 
 # Learning rates that "auto" takes: what makes random weights learn would undo what pretrained ones have learned.
 RANDOM_RATE, PRETRAINED_RATE = 1e-3, 1e-5
@@ -104,6 +105,7 @@ def preflight(config: Config) -> Plan:
         kind = "random" if has_random_weights(config.model_name) else "pretrained"
         rows.append(("learning rate", f"{kind} weights", schedule))
     rows.append(("storage", check_storage(config), str(config.run_dir)))
+    rows += check_trackers(config)
     rows += check_checkpoints(config, then, data, steps)
     record_run(config, data)
     return Plan(config, model, resources_per_worker, steps, rows)
