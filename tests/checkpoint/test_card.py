@@ -89,7 +89,7 @@ def test_card_of_a_run(train: Train) -> None:
     text = path.read_text()
     last = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     for part in (f"last step | {last['loss']:.4f} |", f"(perplexity) | {last['eval_loss']:.4f} (", "2 × 1",
-                 "20 optimizer", f"learning_rate | {run.config['learning_rate']} |", "| zero_stage | 1"):  # fmt: skip
+                 "20 optimizer", f"learning_rate | {run.config['learning_rate']} |", "| ZeRO stage | 1"):  # fmt: skip
         assert part in text, part
     assert config.storage_path not in text and "/" not in text.split("## Settings")[1].split("##")[0]
     assert "None" not in text and "[" not in text, "no placeholders"

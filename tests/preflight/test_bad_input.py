@@ -741,7 +741,7 @@ def test_what_can_run_is_planned(cluster: dict[str, float], actors: list[str], t
     found = plan.preflight(make_config(**settings))
     assert (found.steps_per_epoch, found.resources_per_worker) == (3, {"CPU": 0.5})
     assert [what for what, *_ in found.rows] == [
-        "versions", "cluster", "precision", "model", "speed", "data", "storage"
+        "versions", "cluster", "precision", "model", "speed", "data", "storage", "curves"
     ]  # fmt: skip
     assert not actors and json.loads((found.config.run_dir / "config.json").read_text())["tp_size"] == 2
 

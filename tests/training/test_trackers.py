@@ -63,7 +63,9 @@ def events(config: Config) -> dict[str, list[tuple[int, float]]]:
     for path in sorted((config.run_dir / "tensorboard").iterdir()):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0], event.wall_time))
+                found.setdefault(value.tag.split("/")[1], []).append(
+                    (event.step, value.tensor.float_val[0], event.wall_time)
+                )
     return {tag: sorted(values) for tag, values in found.items()}
 
 
@@ -75,7 +77,7 @@ def test_tensorboard(run: Callable[..., Config]) -> None:
     config, before = run("tensorboard"), time.time()
     feed(config, steps(1, 2, 3), [], steps(4, 5))
     found = events(config)
-    assert found.keys() == set(CURVES) - {"mfu"}
+    assert found.keys() == CURVES.keys() - {"mfu"}
     for name in found:
         assert of_record(name, found) == [(r["step"], r[name]) for r in steps(1, 2, 3, 4, 5) if r[name] is not None]
     times = [when for *_, when in found["loss"]]
@@ -224,8 +226,8 @@ def test_wandb_offline(run: Callable[..., Config], wandb_offline: Any, capsys: p
     assert [line["_step"] for line in offline_history(folders[0])] == [1, 2, 3, 4]
     lines = offline_history(folders[1])
     assert [line["_step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert [line["loss"] for line in lines] == pytest.approx([3.0, 1.5, 1.0, 0.75, 0.6])
-    assert [line.get("eval_loss") for line in lines] == [None, None, None, 2.5, None]
+    assert [line["training/loss"] for line in lines] == pytest.approx([3.0, 1.5, 1.0, 0.75, 0.6])
+    assert [line.get("training/eval_loss") for line in lines] == [None, None, None, 2.5, None]
     files = [path for path in config.run_dir.rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
     assert capsys.readouterr().out == ""
@@ -259,8 +261,8 @@ def test_mlflow(run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp
     (found,) = client.search_runs([experiment])
     assert found.info.status == "FAILED" and found.info.run_name == "run"
     assert found.data.params["learning_rate"] == "1e-05" and found.data.tags["run_id"] == trackers.identity(config)
-    history = client.get_metric_history(found.info.run_id, "loss")
+    history = client.get_metric_history(found.info.run_id, "training/loss")
     assert sorted((metric.step, metric.value) for metric in history) == [
         (r["step"], r["loss"]) for r in steps(*range(1, 252))
     ]
-    assert {name for name in found.data.metrics} == set(CURVES) - {"mfu"} | {"step"}
+    assert {name.split("/")[-1] for name in found.data.metrics} == CURVES.keys() - {"mfu"} | {"step"}

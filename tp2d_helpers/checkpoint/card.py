@@ -16,8 +16,11 @@ from tp2d_helpers.config import Config
 
 DEMO = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model of `demo` goes on after its shape
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Settings that have lines of their own, or say where the run was.
-TOLD = {"model_name", "dataset_name", "storage_path", "experiment_name", "trackers"}
+# Settings that have lines of their own, or don't decide what is trained.
+LEFT_OUT = {"model_name", "dataset_name", "tp_size", "dp_size", "zero_stage", "precision", "use_gpu", "log_interval",
+            "eval_interval", "checkpoint_interval", "checkpoints_to_keep", "keep_checkpoints_by", "async_checkpoint",
+            "trust_checkpoint", "trust_remote_code", "storage_path", "experiment_name", "trackers", "max_failures",
+            "min_dp_size", "hang_timeout_seconds", "cluster_wait_seconds"}  # fmt: skip
 
 
 def model_card(checkpoint: Path, model_name: str) -> ModelCard:
@@ -41,11 +44,15 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
         _what(model, data, bool(DEMO.search(model_name)), manifest, _records(checkpoint)),
         _table("Results", _results(manifest, _records(checkpoint))),
         _table("Grid", _grid(manifest)),
-        _table("Settings", {k: shown(v) for k, v in settings.items() if k in Config.model_fields and k not in TOLD}),
+        _table("Settings", {name: shown(value) for name, value in settings.items() if _counts(name, value)}),
         _table("Versions", settings.get("versions", {})),
         "The licences of the model that training began with and of the data apply.",
     ]
     return ModelCard("---\n" + about.to_yaml() + "\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _counts(name: str, value: Any) -> bool:
+    return name in Config.model_fields and name not in LEFT_OUT and value != ""
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,9 @@ from typing import Any
 from tp2d_helpers.checkpoint.run_folder import recorded
 from tp2d_helpers.config import Config, ConfigError, reason
 
-CURVES = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "peak_memory_gib")
+# Names in `metrics.jsonl`, and the section that a tracker shows them in.
+CURVES = {"loss": "training", "eval_loss": "training", "grad_norm": "training", "learning_rate": "training",
+          "tokens_per_second": "speed", "mfu": "speed", "peak_memory_gib": "speed"}  # fmt: skip
 PROJECT = "tp_autotp"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names another
 PATIENCE = 60  # seconds that the end of a run waits for a tracker
 
@@ -182,8 +184,8 @@ def tracker_names(config: Config) -> list[str]:
 
 
 def curves(record: dict[str, Any]) -> dict[str, float]:
-    """What is shown of a record of `metrics.jsonl`, where it has a value."""
-    return {name: record[name] for name in CURVES if record.get(name) is not None}
+    """What is shown of a record of `metrics.jsonl`, where it has a value, by section and name."""
+    return {f"{section}/{name}": record[name] for name, section in CURVES.items() if record.get(name) is not None}
 
 
 def identity(config: Config) -> str:
