@@ -1,4 +1,4 @@
-"""Run the notebook's `train_func` on a (dp, tp) grid of local CPU processes, without a Ray cluster, and compare runs.
+"""Run `train_func` on a (dp, tp) grid of local CPU processes, without a Ray cluster, and compare runs.
 
 Ray Train's local mode runs a train function in a process that torchrun's variables describe. The processes are forked
 from a server that has imported everything once, so a 2×2 run of a tiny model takes seconds and not a minute.
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nbformat
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,14 +32,11 @@ from ray.train import CheckpointUploadMode
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tp_autotp.ipynb"
-TRAIN = ("imports", "train-step", "train-func")  # the tags of what a worker runs
-LAUNCH = (*TRAIN, "launch-function")
 TIMEOUT = 300  # seconds for one run; a hang is a failure
 # With what would be imported late in every process: DeepSpeed's optimizers bring a compiler along (1.5 s of CPU time).
-PRELOAD = ["tp2d_helpers.preflight.plan", "tp2d_helpers.training.metrics", "tp2d_helpers.checkpoint.save_load",
-           "tp2d_helpers.planning.out_of_memory", "tp2d_helpers.training.watchdog", "ray.train.torch", "ray.tune",
+PRELOAD = ["tp2d_helpers.preflight.plan", "tp2d_helpers.train", "ray.train.torch", "ray.tune",
            "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3",
-           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "nbformat", "pytest",
+           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "pytest",
            "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
            "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen3.modeling_qwen3"]  # fmt: skip
 # The server must have these as it starts: a process forked from one that has looked for a GPU can't be told otherwise,
@@ -54,20 +50,6 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THR
 UPLOADS: list[threading.Thread] = []  # of checkpoints, in a worker
 BARRIERS = itertools.count()
 FAIL: list[Callable[[str], None]] = []  # ends a worker with an error, from any thread
-
-
-def notebook_definitions(*tags: str) -> dict[str, Any]:
-    """Execute the cells with these tags in a namespace of their own, and return it: what is read is what is tested."""
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
-    found = {tag: [cell for cell in cells if tag in cell.metadata.get("tags", [])] for tag in tags}
-    missing = [tag for tag, tagged in found.items() if not tagged]
-    if missing:
-        raise LookupError(f"{NOTEBOOK.name} has no cell tagged {missing}")
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for tag in tags:
-        for cell in found[tag]:
-            exec(compile(cell.source, f"{NOTEBOOK.name}[{tag}]", "exec"), namespace)
-    return namespace
 
 
 def fork_context() -> multiprocessing.context.BaseContext:
@@ -85,7 +67,7 @@ def run_grid(config: dict[str, Any], after: Callable[..., Any] | None = None, pa
     Args:
         config: all settings, as `Config.model_dump()` gives them.
         after: called in every process as after(engine, tp_group, dp_group); must be importable.
-        patch: called in every process before training, with the namespace of the notebook's definitions.
+        patch: called in every process before training, with the namespace of `tp2d_helpers.train`.
 
     Returns:
         What `after` returned, by rank.
@@ -153,7 +135,9 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
             os._exit(0)
 
         FAIL.append(fail)
-        names = notebook_definitions(*TRAIN)
+        from tp2d_helpers import train as loop
+
+        names = vars(loop)
         kept: dict[str, Any] = {}
         setup = names["setup_model_with_autotp"]
 

@@ -95,6 +95,12 @@ def has_random_weights(model_name: str) -> bool:
     return Path(model_name).parent == cache_dir()
 
 
+def display_name(model_name: str) -> str:
+    """What to call a model where a reader sees it: the shape of one that this module built, a folder's own name."""
+    name = Path(model_name).name if Path(model_name).is_dir() else model_name
+    return name.split("-py")[0] if has_random_weights(model_name) else name
+
+
 def demo_model(shape: str = "demo") -> Path:
     """Folder of a model of `SHAPES`, built in the cache on first use (two seconds for the demo)."""
     dtype = torch.float32 if shape == "demo" else torch.bfloat16

@@ -1,24 +1,17 @@
-"""What the reader sees: sources, tables, the progress of a run, curves. Nothing here decides anything."""
+"""What the reader sees: sources, tables, curves. Nothing here decides anything."""
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import inspect
-import json
 import math
-import os
-import signal
 import statistics
 import textwrap
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import ray
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -26,174 +19,55 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from tp2d_helpers import startup
-from tp2d_helpers.checkpoint.files import WRITER, lock_run, read_json
-from tp2d_helpers.checkpoint.run_folder import last_step, newest_checkpoint
-from tp2d_helpers.config import Config, ConfigError
-from tp2d_helpers.training.metrics import newest_step
-from tp2d_helpers.training.trackers import Trackers
-
 # With a background of its own: that of a dark theme covers the one which the formatter gives to the element around it.
 SOURCE_STYLE = (
     "color: #212121; background: #f5f5f5; border: 1px solid #d0d0d0; padding: 8px; font-family: monospace; "
     "font-size: 13px; line-height: 1.3; margin: 0"
 )
-MOST_LINES = 30  # of progress in one launch, however long the run
-
-
-class TrainingFailed(RuntimeError):
-    """The run ended with an error. The message has the first worker's, and where the logs are."""
-
-    _render_traceback_ = ConfigError._render_traceback_
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """The reader stopped the run. The message says at which step, and how to continue."""
-
-    _render_traceback_ = ConfigError._render_traceback_
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's, safe for colour-blind readers
 
 
 def show_source(*objects: Any) -> None:
-    """Display the source of functions or classes, as it is imported: what is read is what runs."""
-    source = "\n\n\n".join(textwrap.dedent(inspect.getsource(thing)).rstrip() for thing in objects)
+    """Display the source of functions or classes, as it is imported: what is read is what runs.
+
+    Left out are the sections "Args", "Returns" and "Raises" of docstrings, which the module has.
+    """
+    source = "\n\n\n".join(_without_sections(textwrap.dedent(inspect.getsource(thing)).rstrip()) for thing in objects)
     # Styles stand in the tags, so that the code looks the same in every viewer and theme.
     formatter = HtmlFormatter(style="friendly", noclasses=True, prestyles=SOURCE_STYLE, wrapcode=False)
     html = highlight(source, PythonLexer(), formatter)
     display({"text/html": html, "text/plain": source}, raw=True)
 
 
-def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Display rows as a table; numbers are aligned right."""
+def _without_sections(source: str) -> str:
+    """A source whose docstrings end before their first section."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or not ast.get_docstring(node):
+            continue
+        first, last = node.body[0].lineno - 1, node.body[0].end_lineno - 1
+        inner = range(first + 1, last)
+        sections = [i for i in inner if lines[i] and lines[i].strip() in ("Args:", "Yields:", "Returns:", "Raises:")]
+        if sections:
+            kept = "\n".join(lines[first : sections[0]]).rstrip()
+            end = [kept + '"""'] if "\n" not in kept else [kept, lines[last]]
+            lines[first : last + 1] = end + [None] * (last + 1 - first - len(end))  # line numbers stay
+    return "\n".join(line for line in lines if line is not None)
+
+
+def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 2) -> None:
+    """Display rows as a table; numbers are aligned right, floats have `digits` after the point."""
     rows = [list(row) for row in rows]
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
     lines = [header, ["--:" if right else ":--" for right in numeric], *rows]
-    cells = [["" if cell is None else str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[_cell(value, digits) for value in line] for line in lines]
     display(Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells)))
 
 
-@contextlib.contextmanager
-def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
-    """Print the progress of the run that the body launches: a line per `log_interval`, at most `MOST_LINES`.
-
-    The run's folder is locked meanwhile.
-
-    Raises:
-        ConfigError: if another process is writing to the run's folder.
-        TrainingFailed: in place of the launch's own error, whose trace has hundreds of lines.
-        TrainingInterrupted: after Ctrl-C, or "Interrupt" in Jupyter.
-    """
-    path, total = config.run_dir / "metrics.jsonl", last_step(config, steps_per_epoch)
-    interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back
-    with lock_run(config), Trackers(config) as trackers:
-        (config.run_dir / "stalled.json").unlink(missing_ok=True)  # of an earlier launch
-        done = newest_step(path)
-        every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
-        steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
-        print(f"{config.num_workers} workers, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
-        finished, began = threading.Event(), time.time()
-        arguments = (path, done, total, every, began, finished, trackers)
-        thread = threading.Thread(target=_print_progress, args=arguments, daemon=True)
-        thread.start()
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit) as error:  # Ray Train answers Ctrl-C by sys.exit(0)
-            _kill_actors(error)
-            raise TrainingInterrupted(_describe_interrupt(config, total)) from None
-        except Exception as error:
-            raise TrainingFailed(_describe(error, config)) from None
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, interrupt)
-            finished.set()
-            thread.join()
-            (config.run_dir / WRITER).unlink(missing_ok=True)  # the workers are gone
-    print(f"finished in {time.time() - began:.0f} s")
-
-
-def _print_progress(
-    path: Path, done: int, total: int, every: int, launched: float, finished: threading.Event, trackers: Trackers
-) -> None:
-    last, tail, start = False, Tail(path), None
-    while not last:
-        last = finished.wait(0.5)  # one more look after the end
-        if not start and (start := startup.describe(read_json(path.parent / "start.json"), launched)):
-            print(start, flush=True)
-        trackers.add(records := tail.read())
-        for record in records:
-            if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):
-                print(progress_line(record, total), flush=True)
-            done = max(done, record["step"])
-
-
-class Tail:
-    """Reads what is new in a `metrics.jsonl`; all of it again after a restarted run has put another in its place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.file, self.offset = path, (0, 0), 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Records that were written since the last call. A line that isn't complete yet waits for the next one."""
-        new = b""
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            status = os.fstat(file.fileno())
-            if (status.st_dev, status.st_ino) != self.file or status.st_size < self.offset:
-                self.file, self.offset = (status.st_dev, status.st_ino), 0
-            file.seek(self.offset)
-            new = file.read()
-        new = new[: new.rfind(b"\n") + 1]
-        self.offset += len(new)
-        return [json.loads(line) for line in new.splitlines()]
-
-
-def progress_line(record: dict[str, Any], total: int) -> str:
-    """One record of `metrics.jsonl` in a line."""
-    number = "nan" if record["loss"] is None else f"{record['loss']:.4f}"
-    norm = "-" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
-    mfu = "" if record["mfu"] is None else f"  MFU {record['mfu']:.1%}"
-    return (
-        f"step {record['step']:>{len(str(total))}}/{total}  epoch {record['epoch']}  loss {number}  grad norm {norm}"
-        f"  {record['tokens_per_second']:,.0f} tokens/s{mfu}  peak {record['peak_memory_gib']:.2f} GiB"
-    )
-
-
-def _describe(error: Exception, config: Config) -> str:
-    failures = getattr(error, "worker_failures", {})
-    stall = read_json(config.run_dir / "stalled.json")  # of the last attempt: the next one gives it another name
-    if stall:
-        at = time.strftime("%H:%M:%S", time.localtime(stall["time"]))
-        after = "" if failures else f"\nThen: {error}"  # not of a worker: the run could not be started again
-        return f"{stall['message']} (at {at})\nWhere the ranks hung: {config.run_dir / 'logs'}{after}"
-    if not failures:
-        return f"{error}\nWorker logs: {config.run_dir / 'logs'}"
-    rank, failure = min(failures.items())
-    reason = str(failure).strip().splitlines() or [type(failure).__name__]
-    return (
-        f"{len(failures)} of {config.num_workers} workers failed; rank {rank}: {reason[-1]}\n"
-        f"Its log: {config.run_dir / 'logs' / f'rank_{rank}.log'}"
-    )
-
-
-def _describe_interrupt(config: Config, total: int) -> str:
-    step = newest_step(config.run_dir / "metrics.jsonl")
-    newest, _ = newest_checkpoint(config.run_dir)
-    return (
-        f"interrupted after step {step} of {total}; the workers are stopped.\n"
-        f"A launch with experiment_name = {config.experiment_name!r} "
-        + (f"continues from {newest.name}." if newest else "begins anew: there is no complete checkpoint yet.")
-    )
-
-
-def _kill_actors(error: BaseException) -> None:
-    """End what the launch that raised the error has started, as far as Ray Train has not.
-
-    Its controller outlives an interrupt that comes before Ray Train listens for one, or three in a row, and goes on
-    training. Nothing but the frames of Ray Train holds a handle to it. With the controller go its workers.
-    """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals.get("__name__", "").startswith("ray.train."):
-            for value in frame.f_locals.values():
-                if isinstance(value, ray.actor.ActorHandle):
-                    ray.kill(value)
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    return "" if value is None else str(value).replace("|", "\\|")
 
 
 def show_results(records: list[dict[str, Any]], first: int = 1) -> None:
@@ -216,24 +90,55 @@ def show_results(records: list[dict[str, Any]], first: int = 1) -> None:
     show_table(["measured", "value"], rows)
 
 
-def plot_metrics(records: list[dict[str, Any]], epoch_ends: Iterable[int] = ()) -> Figure:
-    """Loss, held-out loss and gradient norm over the steps; a dotted line after each step of `epoch_ends`."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    steps = [record["step"] for record in records]
-    curves: list[tuple[Any, str, Callable[[dict], Any]]] = [
-        (left, "loss (mean over the global batch)", lambda record: record["loss"]),
-        (right, "gradient norm (before clipping)", lambda record: record["grad_norm"]),
-    ]
-    for axis, label, value in curves:
-        axis.plot(steps, [math.nan if value(r) is None else value(r) for r in records], marker=".", color="#0072B2")
-        axis.set(xlabel="optimizer step", title=label)
+def plot_metrics(
+    runs: dict[str, list[dict[str, Any]]], epoch_ends: Iterable[int] = (), vocabulary: int | None = None
+) -> Figure:
+    """Loss, held-out loss and gradient norm over the steps of one or several runs, {label: records}.
+
+    Args:
+        epoch_ends: steps after which to draw a dotted line.
+        vocabulary: its size V; a line at ln V shows the loss of guessing.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for number, (label, records) in enumerate(runs.items()):
+        # Later runs lie over earlier ones, as a thin line over a wide one: both stay visible where they agree.
+        style = dict(color=COLOURS[number], linewidth=5 - 3.5 * number if len(runs) > 1 else 1.5, zorder=2 + number)
+        steps, nan = [record["step"] for record in records], math.nan
+        for axis, name in ((left, "loss"), (right, "grad_norm")):
+            axis.plot(
+                steps, [nan if record[name] is None else record[name] for record in records], label=label, **style
+            )
+        held_out = [(record["step"], record["eval_loss"]) for record in records if record["eval_loss"] is not None]
+        if held_out:
+            left.plot(*zip(*held_out, strict=True), "sD"[number % 2], color=COLOURS[number], markersize=8 - 3 * number,
+                      markeredgecolor="black", label=f"{label}, held out", zorder=4 + number)  # fmt: skip
+    if vocabulary:
+        left.axhline(math.log(vocabulary), linestyle="--", color="#555555", label=f"guessing: ln {vocabulary:,}")
+    for axis, title, unit in ((left, "Loss", "nats per token"), (right, "Gradient norm before clipping", "2-norm")):
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         for end in epoch_ends:
-            axis.axvline(end + 0.5, linestyle=":", color="#D55E00")
-    evaluated = [(record["step"], record["eval_loss"]) for record in records if record["eval_loss"] is not None]
-    if evaluated:
-        left.plot(*zip(*evaluated, strict=True), "s", color="#D55E00", label="held out")
-        left.legend()
+            axis.axvline(end + 0.5, linestyle=":", color="black")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize="small")
     plt.close(figure)  # the returned figure is displayed once, by the cell
     return figure
+
+
+def show_tree(folder: Path) -> None:
+    """Print a folder as a tree with the sizes of its files, all in MB, or in kB if each is smaller than 100 MB."""
+    largest = max((path.stat().st_size for path in folder.rglob("*")), default=0)
+    unit, name = (1e6, "MB") if largest >= 1e8 else (1e3, "kB")
+    print(f"{folder.name}/")
+    _print_entries(folder, "", unit, name)
+
+
+def _print_entries(folder: Path, indent: str, unit: float, name: str) -> None:
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for number, path in enumerate(entries, start=1):
+        branch, below = ("└── ", "    ") if number == len(entries) else ("├── ", "│   ")
+        size = "/" if path.is_dir() else f"  {path.stat().st_size / unit:,.1f} {name}"
+        print(f"{indent}{branch}{path.name}{size}")
+        if path.is_dir():
+            _print_entries(path, indent + below, unit, name)

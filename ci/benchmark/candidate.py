@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from timeline import Clock, record, synchronize
+from profiler import Clock, record, synchronize
 from trainer import Trainer, batches, engine_trainer
 
 from tp2d_helpers.model.facts import ModelFacts

@@ -20,9 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
-OURS, PEERS = "#0b6e4f", "#9aa5b1"
+OURS, PEERS = "#0b6e4f", "#b6bfc9"
+TEXT = 12  # points
 TITLES = {
     "ours": "this notebook",
     "ours_text": "this notebook",
@@ -65,9 +65,31 @@ def processes(entry: dict[str, Any]) -> int:
 
 
 def caption(entry: dict[str, Any]) -> str:
-    """Lines for a bar: what it is, and its settings."""
-    settings = textwrap.fill(f"tp × dp {entry['grid']}, {entry['label'].replace(',', ', ').replace('  ', ' ')}", 44)
-    return f"{TITLES.get(entry['name'], entry['name'])}\n{settings}"
+    """Lines for a bar: what it is, its grid and micro-batch, and what sets it apart from the others."""
+    settings = entry["settings"]
+    lines = [
+        TITLES.get(entry["name"], entry["name"]),
+        f"tp {settings['tp']} × dp {settings['dp']}, micro-batch {settings['micro_batch']} × {settings['seq']:,}",
+    ]
+    optimizations, notes = settings["optimizations"], []
+    if settings["kind"] == "ours" and optimizations != "auto":
+        notes.append("optimizations: " + optimizations.replace(",", ", "))
+    if settings["activation_checkpointing"] != "none":
+        notes.append(f"activation checkpointing: {settings['activation_checkpointing']}")
+    if settings["kind"] == "fsdp2":
+        reduced = "" if settings["sync"] == "last" else ", reduced after every micro-batch"
+        notes.append(f"{settings.get('gradients', 'fp32')} gradients{reduced}")  # results of before have no such key
+    if is_eager(settings):
+        notes.append("eager, not compiled")
+    return "\n".join([*lines, *textwrap.wrap("; ".join(notes), 50)])
+
+
+def is_eager(settings: dict[str, Any]) -> bool:
+    """Whether a job runs without torch.compile even on GPUs: stage 3 and the template do."""
+    if settings["kind"] == "fsdp2":
+        return False
+    asked = settings["optimizations"] == "auto" or "compile" in settings["optimizations"].split(",")
+    return settings["kind"] != "ours" or settings["zero"] == 3 or not asked
 
 
 def draw(reports: list[dict[str, Any]], path: Path, shape: str = "", everything: bool = False) -> None:
@@ -80,50 +102,64 @@ def draw(reports: list[dict[str, Any]], path: Path, shape: str = "", everything:
     shown = entries(reports, shape, everything)
     if not shown:
         raise ValueError(f"no measurement at the shape {shape!r}")
-    size = (13, 2 + 0.68 * len(shown))
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=size, width_ratios=[3, 2], layout="constrained")
-    places = range(len(shown))
-    colours = [OURS if entry["settings"]["kind"] == "ours" else PEERS for entry in shown]
-    left.barh(places, [entry["speed"] for entry in shown], color=colours, height=0.62)
-    left.set_yticks(places, [caption(entry) for entry in shown], fontsize=10)
+    captions = [caption(entry) for entry in shown]
+    height = 1.4 + sum(0.22 * len(words.splitlines()) + 0.18 for words in captions)
+    figure, (left, right) = plt.subplots(
+        1, 2, sharey=True, figsize=(12, height), width_ratios=[8, 5], layout="constrained"
+    )
+    draw_bars(left, shown, [entry["speed"] for entry in shown])
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+    left.set_yticks(range(len(shown)), captions, fontsize=TEXT)
     left.invert_yaxis()
-    left.set_title("tokens/s per GPU (padding not counted)", fontsize=12)
+    left.set_title("tokens/s per GPU, padding not counted", fontsize=TEXT + 1)
     for place, entry in enumerate(shown):
         padded = entry["useful_tokens_per_second"] < 0.99 * entry["tokens_per_second_per_gpu"] * processes(entry)
         mfu = f"   MFU {100 * entry['mfu']:.1f} %" if entry.get("mfu") and not padded else ""
-        left.annotate(f" {entry['speed']:,.0f}{mfu}", (entry["speed"], place), va="center", fontsize=10)
+        write(left, entry["speed"], place, f"{entry['speed']:,.0f}{mfu}", entry["speed"] / shown[0]["speed"], entry)
     draw_memory(right, shown)
-    most, memory = max(e["speed"] for e in shown), max([e.get("peak_gib") or 0 for e in shown] + [1e-9])
-    left.set_xlim(0, most * 1.6)  # room for the numbers beside the bars
-    right.set_xlim(0, memory * 1.25)
     for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(axis="x", labelsize=10)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xticks([])  # each bar has its number
+        axes.margins(x=0)
     first = reports[0]
-    figure.suptitle(f"{shape} on {first['gpus']} × {first.get('gpu') or 'CPU process'}", fontsize=13)
+    note = ", compiled unless noted" if first.get("device") == "cuda" else ""
+    figure.suptitle(f"{shape} on {first['gpus']} × {first.get('gpu') or 'CPU process'}{note}", fontsize=TEXT + 2)
     diamond = Line2D([], [], color="black", marker="D", linestyle="", label="peak while the model is set up")
     marks = [Patch(color=OURS, label="this notebook"), Patch(color=PEERS, label="peers"), diamond]
-    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=TEXT)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
+
+
+def draw_bars(axes: Any, shown: list[dict[str, Any]], values: list[float]) -> None:
+    """A bar per candidate in the colour of its side."""
+    colours = [OURS if entry["settings"]["kind"] == "ours" else PEERS for entry in shown]
+    axes.barh(range(len(shown)), values, color=colours, height=0.62)
+
+
+def write(axes: Any, value: float, place: int, words: str, share: float, entry: dict[str, Any]) -> None:
+    """Write the number of a bar inside at its end, or beside it where it is too short."""
+    inside, ours = share > 0.5, entry["settings"]["kind"] == "ours"
+    axes.annotate(
+        words, (value, place), xytext=(-8 if inside else 8, 0), textcoords="offset points", va="center",
+        ha="right" if inside else "left", color="white" if inside and ours else "black", fontsize=TEXT,
+    )  # fmt: skip
 
 
 def draw_memory(axes: Any, shown: list[dict[str, Any]]) -> None:
     """Peak in training as bars, the peak before it as diamonds."""
-    axes.set_title("peak memory per GPU, GiB", fontsize=12)
-    for place, entry in enumerate(shown):
-        peak, before = entry.get("peak_gib"), entry.get("init_peak_gib")
-        if peak is None:
-            axes.annotate(" not measured", (0, place), va="center", fontsize=10, color="#555555")
+    axes.set_title("peak memory per GPU, GiB", fontsize=TEXT + 1)
+    peaks = [entry.get("peak_gib") or 0 for entry in shown]
+    draw_bars(axes, shown, peaks)
+    for place, (entry, peak) in enumerate(zip(shown, peaks, strict=True)):
+        if not peak:
+            write(axes, 0, place, "not measured", 0, entry)
             continue
-        axes.barh(place, peak, color=OURS if entry["settings"]["kind"] == "ours" else PEERS, height=0.62)
-        axes.annotate(f" {peak:.1f}", (max(peak, before or 0), place), va="center", fontsize=10,
-                      xytext=(6, 0), textcoords="offset points")  # fmt: skip
-        if before is not None:
-            axes.plot(before, place, "D", color="black", markersize=6, markeredgecolor="white")
+        write(axes, peak, place, f"{peak:.1f}", peak / max(peaks), entry)
+        if (before := entry.get("init_peak_gib")) is not None:
+            axes.plot(before, place, "D", color="black", markersize=7, markeredgecolor="white")
 
 
 def main() -> None:

@@ -1,25 +1,30 @@
-"""Where the time of one optimizer step goes: a trace by torch.profiler, and arithmetic on its intervals.
+"""Where the time of one optimizer step goes: a trace that `profiler.record` wrote, and arithmetic on its intervals.
 
-An interval is (begin, end). Times are microseconds in traces and milliseconds in summaries.
+An interval is (begin, end). Times are microseconds in traces and milliseconds in summaries. What a figure needs of a
+trace is a small file, made of the trace and of the results that `run.py --profile` wrote beside it:
+
+    python ci/benchmark/timeline.py ours-01.trace.json.gz results.json timeline.json
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
-import contextlib
 import gzip
+import itertools
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 Interval = tuple[float, float]
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a Chrome trace
 TOP = 15  # kernels in a summary
+# In the names of kernels. Attention goes before matmuls: some of its kernels are CUTLASS's.
+ATTENTION = ("flash", "fmha", "sdpa", "cudnn::fusion")
+MATMUL = ("nvjet", "gemm", "cutlass", "cublas")
+BACKWARD = ("bprop", "bwd", "backward")
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -38,15 +43,45 @@ def length(intervals: Iterable[Interval]) -> float:
     return sum(end - begin for begin, end in union(intervals))
 
 
+def uncovered(intervals: Iterable[Interval], cover: Iterable[Interval]) -> list[Interval]:
+    """The parts of `intervals` that no interval of `cover` covers, disjoint and in order."""
+    found, holes = [], union(cover)
+    for begin, end in union(intervals):
+        for left, right in holes:
+            if begin < left < end:
+                found.append((begin, left))
+            if left < end and begin < right:
+                begin = min(right, end)
+        found.append((begin, end))
+    return [(begin, end) for begin, end in found if begin < end]
+
+
 def exposed(intervals: Iterable[Interval], cover: Iterable[Interval]) -> float:
-    """Time within `intervals` that no interval of `cover` covers: |A or B| − |B|."""
-    cover = list(cover)
-    return length([*intervals, *cover]) - length(cover)
+    """Time within `intervals` that no interval of `cover` covers."""
+    return length(uncovered(intervals, cover))
 
 
 def is_communication(name: str) -> bool:
     """True for the kernels of collectives, and for the copies between GPUs and the waits of `PeerCopies`."""
     return any(part in name for part in ("nccl", "PtoP", "wait_signal"))
+
+
+def kind(name: str) -> str:
+    """What a kernel does, by its name: communication, attention, matmul or other."""
+    if is_communication(name):
+        return "communication"
+    lower = name.lower()
+    for found, parts in (("attention", ATTENTION), ("matmul", MATMUL)):
+        if any(part in lower for part in parts):
+            return found
+    return "other"
+
+
+def on_gpu(events: Iterable[dict[str, Any]]) -> list[tuple[str, Interval]]:
+    """(name, interval) of each kernel, copy and fill on the GPU, by their begin."""
+    chosen = (event for event in events if event.get("cat") in ON_GPU and event.get("ph") == "X")
+    found = [(event["name"], (float(event["ts"]), float(event["ts"]) + float(event["dur"]))) for event in chosen]
+    return sorted(found, key=lambda item: item[1])
 
 
 def summarize(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -56,13 +91,10 @@ def summarize(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     between the first kernel and the last in which none runs. Copies and fills count as compute kernels.
     """
     compute, communication, per_kernel = [], [], collections.defaultdict(lambda: [0.0, 0])
-    for event in events:
-        if event.get("cat") not in ON_GPU or event.get("ph") != "X":
-            continue
-        interval = (float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-        (communication if is_communication(event["name"]) else compute).append(interval)
-        per_kernel[event["name"]][0] += event["dur"]
-        per_kernel[event["name"]][1] += 1
+    for name, interval in on_gpu(events):
+        (communication if is_communication(name) else compute).append(interval)
+        per_kernel[name][0] += interval[1] - interval[0]
+        per_kernel[name][1] += 1
     everything = union(compute + communication)
     if not everything:
         return {"kernels": 0}
@@ -81,99 +113,83 @@ def summarize(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     )
 
 
+def split(kernels: Iterable[tuple[str, Interval]]) -> dict[str, list[Interval]]:
+    """Disjoint intervals: matmul, attention and other compute, and communication that is exposed or hidden."""
+    by_kind = collections.defaultdict(list)
+    for name, interval in kernels:
+        by_kind[kind(name)].append(interval)
+    found: dict[str, list[Interval]] = {}
+    compute: list[Interval] = []
+    for name in ("matmul", "attention", "other"):
+        found[name] = uncovered(by_kind[name], compute)
+        compute += by_kind[name]
+    found["exposed"] = uncovered(by_kind["communication"], compute)
+    found["hidden"] = uncovered(by_kind["communication"], found["exposed"])
+    return found
+
+
+def layer(kernels: list[tuple[str, Interval]], backward: bool) -> Interval:
+    """From a typical decoder layer's attention to the next one's, in one direction.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+    attention = [
+        (name, interval)
+        for name, interval in kernels
+        if kind(name) == "attention" and any(part in name for part in BACKWARD) == backward
+    ]
+    total: collections.Counter[str] = collections.Counter()
+    for name, (begin, end) in attention:
+        total[name] += end - begin
+    begins = [interval[0] for name, interval in attention if name == max(total, key=total.__getitem__)]
+    pairs = list(itertools.pairwise(begins))
+    if not pairs:
+        raise ValueError(f"the trace has no two layers' attention {'backward' if backward else 'forward'}")
+    middle = statistics.median(end - begin for begin, end in pairs)
+    return min(pairs, key=lambda pair: abs(pair[1] - pair[0] - middle))
+
+
+def reduce(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What a figure of a step shows: totals, and one decoder layer forward and backward, in ms from its begin."""
+    kernels = on_gpu(events)
+    everything = union(interval for _, interval in kernels)
+    window = everything[-1][1] - everything[0][0]
+    totals = {name: length(intervals) / 1e3 for name, intervals in split(kernels).items()}
+    found: dict[str, Any] = {"window_ms": window / 1e3, "idle_ms": (window - length(everything)) / 1e3}
+    found["totals_ms"] = totals
+    for name in ("forward", "backward"):
+        begin, end = layer(kernels, name == "backward")
+        inside = [(part, (max(a, begin), min(b, end))) for part, (a, b) in kernels if a < end and b > begin]
+        parts = {
+            part: [[round((a - begin) / 1e3, 4), round((b - begin) / 1e3, 4)] for a, b in intervals]
+            for part, intervals in split(inside).items()
+        }
+        found[name] = {"ms": (end - begin) / 1e3, **parts}
+    return found
+
+
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """The events of a Chrome trace, gzipped."""
     with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
         return json.load(file)["traceEvents"]
 
 
-class Clock:
-    """Marks in time without a wait for the GPU: CUDA events there, `perf_counter` on a CPU."""
-
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
-        self.marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Note now, in the order of what was launched."""
-        if self.cuda:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def milliseconds(self) -> list[float]:
-        """Time from each mark to the next. Waits for the GPU."""
-        synchronize()
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        return [a.elapsed_time(b) if self.cuda else (b - a) * 1e3 for a, b in pairs]
+def main() -> None:
+    """Write the small file; with the hardware, the versions and the settings of the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("results", type=Path, help="of the run that made the trace")
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    report = json.loads(options.results.read_text())
+    found = [e for e in report["candidates"] if e.get("profile", {}).get("trace") == options.trace.name]
+    if not found:
+        parser.error(f"{options.results} has no candidate whose trace is {options.trace.name}")
+    about = {key: report[key] for key in ("date", "gpu", "gpus", "shape", "layers", "versions")}
+    about |= {key: found[0][key] for key in ("name", "grid", "label", "settings")}
+    options.out.write_text(json.dumps(about | reduce(read_trace(options.trace)), indent=1, ensure_ascii=False) + "\n")
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def wrapped(target: Any, name: str, wrapper: Callable[[Callable], Callable]) -> Iterator[None]:
-    """Replace the method `target.name` by `wrapper(method)` for a while."""
-    method = getattr(target, name)
-    setattr(target, name, wrapper(method))
-    try:
-        yield
-    finally:
-        delattr(target, name)
-
-
-def update_milliseconds(step: Callable[[], Any], update: tuple[Any, str]) -> float:
-    """Time of the last call of the update within one step: the optimizer's, as the others only accumulate."""
-    clock = Clock()
-
-    def timed(method: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            clock.mark()
-            result = method(*args, **kwargs)
-            clock.mark()
-            return result
-
-        return call
-
-    with wrapped(*update, timed):
-        step()
-    return clock.milliseconds()[-1]
-
-
-def record(step: Callable[[], Any], update: tuple[Any, str], path: Path) -> dict[str, Any]:
-    """Trace one step on rank 0 into `path` (.json.gz) and summarize it. Collective: all ranks call it.
-
-    The step before the traced one runs under the profiler too, which takes its time as it starts.
-    """
-    found: dict[str, Any] = {"update_ms": update_milliseconds(step, update), "trace": path.name}
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-
-    def labelled(method: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with torch.profiler.record_function("update"):
-                return method(*args, **kwargs)
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(wrapped(*update, labelled))
-        profiler = None
-        if dist.get_rank() == 0:
-            schedule = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-            save = lambda profiler: profiler.export_chrome_trace(str(path))  # noqa: E731
-            profiler = torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=save)
-            stack.enter_context(profiler)
-        for _ in range(2):
-            dist.barrier()
-            step()
-            synchronize()
-            if profiler:
-                profiler.step()
-    if dist.get_rank() == 0:
-        found.update(summarize(read_trace(path)))
-    return found
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import transformers
 
@@ -16,6 +14,7 @@ from tp2d_helpers.data.dataloader import create_dataloader, global_batches
 from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.traffic import state_bytes
+from tp2d_helpers.train import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 Batch = dict[str, torch.Tensor]
@@ -33,15 +32,6 @@ class Trainer:
     state_bytes: float  # weights, masters and moments on this rank: what must be there before the first step
 
 
-def notebook_train_step() -> Callable[[Any, list[Batch]], torch.Tensor]:
-    """The notebook's own `train_step`: the cell with the tag `train-step`."""
-    cells = json.loads((ROOT / "tp_autotp.ipynb").read_text(encoding="utf-8"))["cells"]
-    source = next("".join(c["source"]) for c in cells if "train-step" in c["metadata"].get("tags", []))
-    names: dict[str, Any] = {"torch": torch, "deepspeed": deepspeed}
-    exec(compile(source, "tp_autotp.ipynb[train-step]", "exec"), names)
-    return names["train_step"]
-
-
 def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
     """This package's engine, with the settings of the job."""
     config = dict(
@@ -54,7 +44,7 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         job["model"], job["tp"], job["dp"], rank, job["tp"] * job["dp"], config
     )
     engine.train()
-    model, train_step = ModelFacts.read(job["model"]), notebook_train_step()
+    model = ModelFacts.read(job["model"])
     held = state_bytes(model.shard(job["tp"]).parameters, job["dp"], job["zero"])
     return Trainer(
         config=model.config,

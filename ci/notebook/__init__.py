@@ -5,6 +5,8 @@
 - `run`: one run by papermill
 - `placeholders`: what stands in stored outputs for the names of the machine
 - `refresh`: the notebook with the outputs of a new run
+- `lesson`: what a notebook asks of its reader, in words, code, figures and minutes
+- `measured`: numbers in the text, taken from the results files
 - `__main__`: the command line, `python ci/notebook`
 """
 

@@ -1,8 +1,10 @@
-"""Run the notebook, check what a run left behind, store a run's outputs.
+"""Run the notebook, check what a run left behind, store a run's outputs, count what it asks of its reader.
 
 python ci/notebook run [--check] [--max-memory-gib N] -- [papermill options]
 python ci/notebook check EXECUTED.ipynb METRICS.jsonl [--max-memory-gib N]
 python ci/notebook refresh
+python ci/notebook numbers
+python ci/notebook count [NOTEBOOK ...] [--seconds N]
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ import yaml
 if not __package__:  # `python ci/notebook` puts the folder itself on the path, where its modules are no package
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from ci.notebook import NOTEBOOK
 from ci.notebook.check import check
-from ci.notebook.refresh import refresh
+from ci.notebook.lesson import compare
+from ci.notebook.refresh import refresh, refresh_texts
 from ci.notebook.run import run
 
 
@@ -36,7 +40,13 @@ def parser() -> argparse.ArgumentParser:
     check_command = commands.add_parser("check", parents=[memory], help="check what a run left behind")
     check_command.add_argument("executed", type=Path)
     check_command.add_argument("metrics", type=Path)
-    commands.add_parser("refresh", help="store the notebook's outputs in it")
+    commands.add_parser("refresh", help="store the notebook's outputs in it, and the numbers")
+    commands.add_parser("numbers", help="rewrite the measured numbers in its text and the READMEs' from the results")
+    count = commands.add_parser("count", help="words, code, figures and minutes of notebooks, side by side")
+    count.add_argument("notebooks", type=Path, nargs="*", default=[NOTEBOOK], metavar="NOTEBOOK")
+    count.add_argument(
+        "--seconds", type=float, default=0.0, metavar="N", help="that the run takes, where none are kept"
+    )
     return whole
 
 
@@ -52,7 +62,10 @@ def main(arguments: Sequence[str]) -> int:
             return run(papermill_options, chosen.check, chosen.max_memory_gib)
         if chosen.command == "check":
             return check(chosen.executed, chosen.metrics, chosen.max_memory_gib)
-        return refresh()
+        if chosen.command == "count":
+            print(compare(chosen.notebooks, chosen.seconds))
+            return 0
+        return refresh() if chosen.command == "refresh" else refresh_texts()
     except click.exceptions.Exit as done:  # after papermill's --help
         return done.exit_code
     except click.ClickException as error:

@@ -1,4 +1,4 @@
-"""What stands in the stored outputs for the names of the machine that ran the notebook."""
+"""What stands in the stored outputs for the names of the machine that ran the notebook: what a reader has there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from pathlib import Path
 from nbformat import NotebookNode
 
 from ci.notebook import ROOT
+
+CACHES = {  # variable → where the cache is without it
+    "XDG_CACHE_HOME": "~/.cache",
+    "TP2D_CACHE": "~/.cache/tp2d",
+    "HF_HOME": "~/.cache/huggingface",
+    "HF_HUB_CACHE": "~/.cache/huggingface/hub",
+    "HF_DATASETS_CACHE": "~/.cache/huggingface/datasets",
+}
 
 
 class Placeholders:
@@ -46,21 +54,18 @@ class Placeholders:
 
     def _replace_temporary(self, match: re.Match[str]) -> str:
         path = match.group()
-        return path if path in self.known else "{tmp}" + path.split("tmp", 1)[1]
+        return path if path in self.known else "$TMPDIR" + path.split("tmp", 1)[1]
 
     @classmethod
     def of_this_machine(cls, storage: Path, notebook: NotebookNode) -> Placeholders:
         """The replacements for a run that wrote to `storage`."""
-        home, cache = Path.home(), Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        paths = {storage: "{storage}", ROOT: "{repo}", home: "{home}", cache: "{cache}", Path(sys.prefix): "{python}"}
-        paths |= {Path(sys.base_prefix): "{python}"}
-        for variable in ("TP2D_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
-            if os.environ.get(variable):
-                paths[Path(os.environ[variable]).expanduser()] = "{cache}"
+        paths = {Path(sys.base_prefix): ".venv", Path(sys.prefix): ".venv", Path.home(): "~", ROOT: "."}
+        for variable, default in CACHES.items():
+            paths[Path(os.environ.get(variable, default)).expanduser()] = default
+        paths[storage] = "outputs"  # what storage_path "auto" gives
         with_links_resolved = {path.resolve(): placeholder for path, placeholder in paths.items()}
         host = socket.gethostname()
-        names = {host: "{host}", host.split(".")[0]: "{host}", socket.getfqdn(): "{host}", getpass.getuser(): "{user}"}
+        names = dict.fromkeys([host, host.split(".")[0], socket.getfqdn()], "localhost") | {getpass.getuser(): "user"}
         sources = [cell.source for cell in notebook.cells]
         sources += [file.read_text() for file in sorted(ROOT.glob("tp2d_helpers/**/*.py"))]
-        names = {name: placeholder for name, placeholder in names.items() if name != "localhost"}
         return cls({str(k): v for k, v in (with_links_resolved | paths).items()}, names, "\n".join(sources))

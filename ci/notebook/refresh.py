@@ -1,4 +1,7 @@
-"""Run the notebook and store its outputs in it, without what changes between runs or names the machine."""
+"""Run the notebook and store its outputs in it, without what changes between runs or names the machine.
+
+The measured numbers in its text, and in that of the READMEs, are rewritten from the results files.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from ci.notebook import EXECUTED, NOTEBOOK
+from ci.notebook import EXECUTED, NOTEBOOK, ROOT
 from ci.notebook.cells import code_cells
+from ci.notebook.lesson import run_seconds
+from ci.notebook.measured import refresh_numbers
 from ci.notebook.placeholders import Placeholders
 from ci.notebook.run import execute, parse
 
@@ -22,6 +27,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+TEXTS = [ROOT / "README.md", ROOT / "tests/README.md", ROOT / "ci/benchmark/README.md"]
 
 
 def replace_texts(value: Any, replace: Callable[[str], str]) -> Any:
@@ -77,7 +83,7 @@ def clean(notebook: NotebookNode, replace: Callable[[str], str]) -> NotebookNode
     Raises:
         ValueError: if a text was replaced in a cell whose output nbval compares: it would differ everywhere else.
     """
-    notebook = copy.deepcopy(notebook)
+    notebook, seconds = copy.deepcopy(notebook), run_seconds(notebook)
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     count = 0
     for cell in notebook.cells:
@@ -94,8 +100,31 @@ def clean(notebook: NotebookNode, replace: Callable[[str], str]) -> NotebookNode
             first = cell.source.strip().splitlines()[0]
             raise ValueError(f"the cell {first!r} is tagged nbval-check-output, but its output names this machine")
     kept = {k: v for k, v in notebook.metadata.items() if k not in ("papermill", "widgets")}
-    notebook.metadata = NotebookNode({**kept, **METADATA})
+    notebook.metadata = NotebookNode({**kept, **METADATA, **({"tp2d": {"seconds": seconds}} if seconds else {})})
     return notebook
+
+
+def store(notebook: NotebookNode) -> None:
+    """Put a notebook in the place of the project's, whole or not at all."""
+    scratch = NOTEBOOK.with_name(f".{NOTEBOOK.name}.{os.getpid()}")
+    nbformat.write(notebook, scratch)
+    scratch.replace(NOTEBOOK)
+
+
+def refresh_texts() -> int:
+    """Rewrite the measured numbers in the notebook's and the READMEs' text from the results files."""
+    for file in TEXTS:
+        before = file.read_text()
+        if (now := refresh_numbers(before, file.parent)) != before:
+            file.write_text(now)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    before = copy.deepcopy(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = refresh_numbers(cell.source, ROOT)
+    if notebook != before:
+        store(notebook)
+    return 0
 
 
 def refresh() -> int:
@@ -105,7 +134,7 @@ def refresh() -> int:
         storage = Path(folder).resolve()
         context, run_dir = parse([], {"storage_path": str(storage), "experiment_name": "tp_autotp"})
         if status := execute(context, run_dir):
-            print(f"{NOTEBOOK.name} is as it was", file=sys.stderr)
+            print(f"the outputs in {NOTEBOOK.name} are as they were", file=sys.stderr)
             return status
         executed = nbformat.read(run_dir / EXECUTED, as_version=4)
         cleaned = clean(executed, Placeholders.of_this_machine(storage, executed))
@@ -113,8 +142,6 @@ def refresh() -> int:
     sources = [[(cell.cell_type, cell.source) for cell in version.cells] for version in (before, cleaned, now)]
     if not sources[0] == sources[1] == sources[2]:
         raise ValueError(f"{NOTEBOOK.name} was edited during the run and is left as it is; run again")
-    scratch = NOTEBOOK.with_name(f".{NOTEBOOK.name}.{os.getpid()}")
-    nbformat.write(cleaned, scratch)
-    scratch.replace(NOTEBOOK)
+    store(cleaned)
     print(f"stored the outputs of {len(code_cells(cleaned))} cells in {NOTEBOOK}")
-    return 0
+    return refresh_texts()

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = ROOT / "ci/benchmark"
@@ -23,9 +25,9 @@ import lineup  # noqa: E402
 import results  # noqa: E402
 import template  # noqa: E402
 from jobs import Job  # noqa: E402
-from plot import draw, entries  # noqa: E402
+from plot import caption, draw, entries  # noqa: E402
 from run import parse  # noqa: E402
-from timeline import exposed, length, summarize, union  # noqa: E402
+from timeline import exposed, kind, layer, length, on_gpu, reduce, split, summarize, uncovered, union  # noqa: E402
 
 
 def test_union() -> None:
@@ -48,6 +50,8 @@ def test_intervals_against_counting() -> None:
         covered = [{t for begin, end in intervals for t in range(begin, end)} for intervals in (a, b)]
         assert length(map(tuple, a)) == len(covered[0])
         assert exposed(map(tuple, a), map(tuple, b)) == len(covered[0] - covered[1])
+        left = uncovered(map(tuple, a), map(tuple, b))
+        assert left == union(left) and {t for begin, end in left for t in range(begin, end)} == covered[0] - covered[1]
 
 
 def kernel(name: str, ts: float, dur: float, category: str = "kernel") -> dict[str, Any]:
@@ -72,6 +76,65 @@ def test_summary_of_a_trace() -> None:
     assert {name: found[name] for name in expected} == expected
     assert dict(name="gemm", ms=4, calls=2) in found["top_kernels"]
     assert summarize([kernel("aten::mm", 0, 5, "cpu_op")]) == {"kernels": 0}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NTT", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x64_64x6_nn>", "matmul"),
+        ("ampere_sgemm_128x64_tn", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*)", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+        ("Memcpy PtoP (Device -> Device)", "communication"),
+        ("c10d::symmetric_memory::wait_signal_kernel(unsigned int**)", "communication"),
+        ("triton_poi_fused_add_7", "other"),
+        ("_adamw", "other"),
+    ],
+)
+def test_kind_of_a_kernel(name: str, expected: str) -> None:
+    assert kind(name) == expected
+
+
+def step(layers: int) -> list[dict[str, Any]]:
+    """A trace, in microseconds: forward, layers of 10 ms (attention 2, gemm 5, an all-reduce whose last 2 are exposed,
+    1 idle); backward, layers of 20, nothing but 4 of attention and 16 of gemm."""
+    forward = [
+        event
+        for start in range(0, layers * 10000, 10000)
+        for event in (
+            kernel("flash_fwd_kernel", start, 2000),
+            kernel("gemm", start + 2000, 5000),
+            kernel("ncclDevKernel_AllReduce", start + 5000, 4000),
+        )
+    ]
+    first = layers * 10000
+    backward = [
+        event
+        for start in range(first, first + layers * 20000, 20000)
+        for event in (kernel("flash_bwd_kernel", start, 4000), kernel("gemm", start + 4000, 16000))
+    ]
+    return forward + backward
+
+
+def test_reduced_trace() -> None:
+    found = reduce(step(3))
+    assert found["totals_ms"] == dict(matmul=63, attention=18, other=0, exposed=6, hidden=6)
+    assert (found["window_ms"], found["idle_ms"]) == (90, 3)
+    parts = dict(matmul=[[2, 7]], attention=[[0, 2]], other=[], exposed=[[7, 9]], hidden=[[5, 7]])
+    assert found["forward"] == {"ms": 10} | parts
+    assert found["backward"] == dict(ms=20, matmul=[[4, 20]], attention=[[0, 4]], other=[], exposed=[], hidden=[])
+    with pytest.raises(ValueError, match="no two layers' attention forward"):
+        layer(on_gpu(step(1)), backward=False)
+
+
+def test_what_overlaps_is_counted_once() -> None:
+    found = split([("_adamw", (0, 10)), ("gemm", (2, 4)), ("flash_fwd", (3, 6)), ("ncclDevKernel", (5, 12))])
+    assert found == dict(
+        matmul=[(2, 4)], attention=[(4, 6)], other=[(0, 2), (6, 10)], exposed=[(10, 12)], hidden=[(5, 10)]
+    )  # fmt: skip
 
 
 SCRIPT = """
@@ -163,6 +226,27 @@ def test_figure(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no measurement"):
         draw([report], tmp_path / "figure.png", shape="demo")
+
+
+def test_captions_say_what_sets_a_candidate_apart() -> None:
+    assert caption(entry("ours", 1)).splitlines() == ["this notebook", "tp 2 × dp 1, micro-batch 4 × 4,096"]
+    assert caption(entry("fsdp2_sp", 1)).splitlines()[2] == "bf16 gradients"
+    each = caption(entry("fsdp2_sp", 1, sync="each", gradients="fp32"))
+    assert each.splitlines()[2] == "fp32 gradients, reduced after every micro-batch"
+    assert "eager, not compiled" in caption(entry("dp_zero3", 1))
+    assert "eager, not compiled" in caption(entry("template_settings", 1))
+    assert "eager" not in caption(entry("dp_zero1", 1)) + caption(entry("ours", 1, optimizations="compile,fused_loss"))
+    assert "optimizations: none; eager" in caption(entry("ours", 1, optimizations="none")).replace("\n", " ")
+
+
+def test_kept_figure_shows_the_kept_results(tmp_path: Path) -> None:
+    kept = BENCHMARK / "results"
+    reports = [json.loads((kept / name).read_text()) for name in ("h200x2.json", "h200x2_wider.json")]
+    draw(reports, tmp_path / "figure.png")
+    with Image.open(kept / "h200x2.png") as old, Image.open(tmp_path / "figure.png") as new:
+        assert old.size == new.size
+        different = np.abs(np.asarray(old.convert("RGB"), int) - np.asarray(new.convert("RGB"), int)).max(axis=2) > 64
+    assert different.sum() <= 20, "results/h200x2.png is stale: draw it anew by plot.py"
 
 
 def test_text_is_short_documents() -> None:

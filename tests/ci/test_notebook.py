@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +207,8 @@ def test_the_check_command_prints_measurements_and_every_check(executed, records
 
 
 REPLACE = Placeholders(
-    paths={"/srv/repo": "{repo}", "/srv/repo/.venv": "{python}", "/root": "{home}", "/tmp/x": "{storage}"},
-    names={"build-7": "{host}", "root": "{user}", "alice": "{user}"},
+    paths={"/srv/repo": ".", "/srv/repo/.venv": ".venv", "/root": "~", "/tmp/x": "outputs"},
+    names={"build-7": "localhost", "root": "user", "alice": "user"},
     known='the root of the tree; storage = "/tmp/known"',
 )
 
@@ -214,16 +216,16 @@ REPLACE = Placeholders(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/srv/repo/a.py", "{repo}/a.py"),
-        ("file:/srv/repo", "file:{repo}"),
-        ("\x1b[31m/srv/repo\x1b[0m", "\x1b[31m{repo}\x1b[0m"),
-        ("/srv/repo/.venv/bin/python", "{python}/bin/python"),
+        ("/srv/repo/a.py", "./a.py"),
+        ("file:/srv/repo", "file:."),
+        ("\x1b[31m/srv/repo\x1b[0m", "\x1b[31m.\x1b[0m"),
+        ("/srv/repo/.venv/bin/python", ".venv/bin/python"),
         ("/srv/repository /mnt/srv/repo", "/srv/repository /mnt/srv/repo"),
-        ("/root/data, /rooted", "{home}/data, /rooted"),
-        ("/tmp/x/tp_autotp/export", "{storage}/tp_autotp/export"),
-        ("/tmp/ray/session_1 and /var/tmp/y", "{tmp}/ray/session_1 and {tmp}/y"),
+        ("/root/data, /rooted", "~/data, /rooted"),
+        ("/tmp/x/tp_autotp/export", "outputs/tp_autotp/export"),
+        ("/tmp/ray/session_1 and /var/tmp/y", "$TMPDIR/ray/session_1 and $TMPDIR/y"),
         ("/tmp/known", "/tmp/known"),
-        ("alice@build-7: malice", "{user}@{host}: malice"),
+        ("alice@build-7: malice", "user@localhost: malice"),
         ("root", "root"),
         ("ip=10.0.1.12, 172.16.0.2:6379, 192.168.1.1", "ip=<ip>, <ip>:6379, <ip>"),
         ("127.0.0.1 1.10.0.1.2 172.40.0.1 0.19.8", "127.0.0.1 1.10.0.1.2 172.40.0.1 0.19.8"),
@@ -238,9 +240,22 @@ def test_a_user_named_like_a_word_of_a_module_stays(executed, tmp_path, monkeypa
     module.parent.mkdir(parents=True)
     module.write_text("tokenizer = None")
     monkeypatch.setattr(placeholders, "ROOT", tmp_path)
-    for user, stored in [("tokenizer", "tokenizer"), ("someone", "{user}")]:
+    for user, stored in [("tokenizer", "tokenizer"), ("someone", "user")]:
         monkeypatch.setattr("getpass.getuser", lambda user=user: user)
         assert Placeholders.of_this_machine(tmp_path, executed)(user) == stored
+
+
+def test_this_machine_reads_as_the_readers(tmp_path, executed, monkeypatch):
+    for variable in placeholders.CACHES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("TP2D_CACHE", str(tmp_path / "cache"))
+    replace = Placeholders.of_this_machine(tmp_path / "storage", executed)
+    home, host = Path.home(), socket.gethostname()
+    found = f"{tmp_path}/storage/tp_autotp {ROOT}/ci/run.sh {tmp_path}/cache/demo {home}/.cache/huggingface/hub"
+    assert replace(found) == "outputs/tp_autotp ./ci/run.sh ~/.cache/tp2d/demo ~/.cache/huggingface/hub"
+    assert replace(f"{sys.prefix}/bin/python") == ".venv/bin/python"
+    assert replace(f"node {host} is up") == "node localhost is up"
+    assert replace(str(home / "texts")) == "~/texts"
 
 
 def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
@@ -263,15 +278,15 @@ def test_clean_keeps_only_what_is_the_same_in_every_run(executed):
     cleaned = clean(executed, REPLACE)
 
     assert executed == before, "the notebook that was given is changed"
-    assert cleaned.metadata == {**METADATA, "toc": {"depth": 2}}
+    assert cleaned.metadata == {**METADATA, "toc": {"depth": 2}, "tp2d": {"seconds": {"core": 65}}}
     assert [c.source for c in cleaned.cells] == [c.source for i, c in enumerate(before.cells) if i != 1]
     assert [c.execution_count for c in cleaned.cells if c.cell_type == "code"] == [1, 2, 3]
     launch = cleaned.cells[2]
     assert launch.metadata == {"tags": ["launch"], "keep": 1}
     text, picture, html = launch.outputs
-    assert text == printed("to {storage}/run\n")
-    assert picture.data == {"image/png": "/srv/repo", "text/plain": "<Figure at {repo}>"}
-    assert html.data["text/html"] == ["<td>{home}/a</td>"]
+    assert text == printed("to outputs/run\n")
+    assert picture.data == {"image/png": "/srv/repo", "text/plain": "<Figure at .>"}
+    assert html.data["text/html"] == ["<td>~/a</td>"]
     assert html.execution_count == 2
     assert cleaned.cells[3].metadata == {}  # no empty list of tags
     nbformat.validate(cleaned)

@@ -44,9 +44,9 @@ SECONDS = 300  # for the driver, which takes a minute
 DRIVER = """
 import json, os, shutil, sys
 sys.path[:0] = sys.argv[1:3]  # of this process alone: Ray tells its workers where the script is, and not this
-from grid import notebook_definitions
 from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.demo import demo_model
+from tp2d_helpers.launch import launch
 from tp2d_helpers.preflight.plan import preflight
 
 settings, found = json.loads(sys.argv[3]), {}
@@ -62,20 +62,21 @@ found["left"] = os.listdir(own) + [os.path.exists(storage)]
 across = make_config(**{**settings, "tp_size": 4, "dp_size": 1}, storage_path=storage, experiment_name="across")
 found["across"] = preflight(across).rows
 
-names = notebook_definitions("imports", "train-step", "train-func", "launch-function")
 
-
-def log_to_file(run_dir, rank, log=names["log_to_file"]):
-    import tp2d_helpers, ray
-    log(run_dir, rank)
+def train_func(config):
+    import ray, tp2d_helpers
+    from tp2d_helpers import train
+    run_dir = train.Path(config["storage_path"], config["experiment_name"])
+    rank = ray.train.get_context().get_world_rank()
+    run_dir.mkdir(parents=True, exist_ok=True)
     place = [tp2d_helpers.__file__, ray.util.get_node_ip_address(), sys.path, os.environ.get("PYTHONPATH", "")]
     (run_dir / f"place_{rank}.json").write_text(json.dumps(place))
+    train.train_func(config)
 
 
-names["log_to_file"] = log_to_file  # as `train_func` begins
 plan = preflight(make_config(**settings, storage_path=storage, experiment_name="two_nodes"))
 found["rows"], found["variables"] = plan.rows, plan.worker_runtime_env["env_vars"]
-found["error"] = str(names["launch"](plan).error)
+found["error"] = str(launch(plan, train_func).error)
 print(json.dumps(found))
 """
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import ray
-from grid import IMPORT_PATH, LAUNCH, notebook_definitions, run_grid
+from grid import IMPORT_PATH, run_grid
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.train import ScalingConfig
 
+import tp2d_helpers.launch
 from tp2d_helpers.checkpoint.run_folder import checkpoints, newest_checkpoint, read_manifest
 from tp2d_helpers.config import Config, make_config
 from tp2d_helpers.preflight.plan import preflight
@@ -117,13 +118,13 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         plan = preflight(config)
         twin = plan.config.change(experiment_name="twin", tp_size=1, dp_size=1, gradient_accumulation_steps=2)
         run_grid(twin.model_dump())
-        names = notebook_definitions(*LAUNCH)
-        names["ScalingConfig"] = functools.partial(ScalingConfig, elastic_resize_monitor_interval_s=2)
-        slow_down(names, plan.config.run_dir)
+        patch.setattr(
+            tp2d_helpers.launch, "ScalingConfig", functools.partial(ScalingConfig, elastic_resize_monitor_interval_s=2)
+        )
         nodes = Nodes(cluster, second, plan.config)
         nodes.start()
         try:
-            result = names["launch"](plan)
+            result = tp2d_helpers.launch.launch(plan, slow_train_func)
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -133,19 +134,22 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     )  # fmt: skip
 
 
-def slow_down(names: dict[str, Any], run_dir: Path) -> None:
+def slow_train_func(config: dict[str, Any]) -> None:
     """Note the number of workers of each attempt, and give the nodes time to come and go during the run."""
-    step, fit = names["train_step"], names["fit_to_world"]
+    from tp2d_helpers import train as loop
+
+    step, fit = loop.train_step, loop.fit_to_world
 
     def slow_step(*args: Any) -> Any:
         time.sleep(0.5)
         return step(*args)
 
     def noting(config: dict, world_size: int) -> dict:
-        (run_dir / "world_size").write_text(str(world_size))
+        Path(config["storage_path"], config["experiment_name"], "world_size").write_text(str(world_size))
         return fit(config, world_size)
 
-    names["train_step"], names["fit_to_world"] = slow_step, noting
+    loop.train_step, loop.fit_to_world = slow_step, noting
+    loop.train_func(config)
 
 
 @pytest.mark.faults

@@ -22,13 +22,13 @@ import psutil
 import pytest
 import ray
 import torch
-from grid import IMPORT_PATH, LAUNCH, ROOT, final_weights, notebook_definitions, run_grid
+from grid import IMPORT_PATH, ROOT, final_weights, run_grid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.run_folder import checkpoints, problem_of
 from tp2d_helpers.config import make_config
-from tp2d_helpers.display import TrainingFailed
+from tp2d_helpers.launch import TrainingFailed, launch
 from tp2d_helpers.preflight.plan import Plan, preflight
 from tp2d_helpers.training.metrics import newest_step, read_metrics
 
@@ -123,13 +123,12 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     at_death = read_metrics(disturbed.run_dir / "metrics.jsonl")
 
     plan = preflight(disturbed)
-    names = notebook_definitions(*LAUNCH)
     began = time.monotonic()
-    result = names["launch"](plan)
+    result = launch(plan)
     twin = plan.config.change(experiment_name="twin")
     weights = run_grid(twin.model_dump(), after=final_weights)[0][0]
     yield SimpleNamespace(
-        config=plan.config, plan=plan, faults=faults, at_death=at_death, result=result, names=names, settings=settings,
+        config=plan.config, plan=plan, faults=faults, at_death=at_death, result=result, settings=settings,
         records=read_metrics(plan.config.run_dir / "metrics.jsonl"), twin=read_metrics(twin.run_dir / "metrics.jsonl"),
         stall=stall, twin_weights=weights, seconds=time.monotonic() - began, log=(folder / "driver.log").read_text(),
     )  # fmt: skip
@@ -206,7 +205,7 @@ def test_a_failed_run_says_why(life: SimpleNamespace, tmp_path: Path, capfd: pyt
     settings = {**life.settings, "model_name": str(tmp_path), "experiment_name": "fails", "max_failures": 0}
     plan: Plan = preflight(make_config(**settings, tp_size=1, dp_size=1))
     with pytest.raises(TrainingFailed) as caught:
-        life.names["launch"](plan)
+        launch(plan)
     message = str(caught.value)
     assert "loss of step 1 is not finite" in message and "rank 0" in message and "rank_0.log" in message
     assert len(message.splitlines()) <= 4

@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import psutil
 import pytest
-from grid import LAUNCH, NOTEBOOK
+from grid import NOTEBOOK
 from jupyter_client import BlockingKernelClient, KernelManager
 
 from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError, make_config
-from tp2d_helpers.display import Tail, TrainingFailed, TrainingInterrupted, follow
+from tp2d_helpers.launch import Tail, TrainingFailed, TrainingInterrupted, follow
 from tp2d_helpers.training.metrics import append, keep_until, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -102,12 +101,10 @@ def wait_until(true: Callable[[], object], seconds: float) -> float:
 
 @pytest.fixture
 def kernel() -> Iterator[Kernel]:
-    """A kernel in which the notebook's definitions were run."""
+    """A kernel, as the notebook's."""
     kernel = Kernel()
     try:
-        cells = nbformat.read(NOTEBOOK, as_version=4).cells
-        tagged = [cell.source for cell in cells if {*LAUNCH} & {*cell.metadata.get("tags", [])}]
-        answer = kernel.run("\n".join(tagged), 120)
+        answer = kernel.run("from tp2d_helpers.launch import launch", 120)
         assert answer.status == "ok", answer.shown
         yield kernel
     finally:

@@ -14,11 +14,11 @@ import pytest
 
 from tp2d_helpers.checkpoint.settings import record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.launch import follow
 from tp2d_helpers.training import trackers
 from tp2d_helpers.training.metrics import append, keep_until
 from tp2d_helpers.training.trackers import CURVES, Trackers, check_trackers
 
-display = pytest.importorskip("tp2d_helpers.display")
 KEY = "0123456789abcdef0123456789abcdef01234567"  # of the form that wandb wants
 
 
@@ -101,7 +101,7 @@ def test_follow_feeds_them(run: Callable[..., Config], capsys: pytest.CaptureFix
     config = run("tensorboard")
     path = config.run_dir / "metrics.jsonl"
     append(path, steps(1, 2, 3))
-    with display.follow(config, 6):
+    with follow(config, 6):
         keep_until(path, 2)
         append(path, [record(3, loss=9.0)])
         time.sleep(1.2)

@@ -45,8 +45,10 @@ def _common_dtype() -> torch.dtype:
 
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
     """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
+    startup.mark("process groups")
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     model.config.use_cache = False
+    startup.mark("weights")
     return model
 
 
@@ -101,9 +103,7 @@ def setup_model_with_autotp(
 
     # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
     transformers.set_seed(seed)
-    startup.mark("process groups")
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
-    startup.mark("weights")
     planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
     needs.meet(model, mpu.tp_group)
     engine, *_ = deepspeed.initialize(
@@ -113,9 +113,7 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
-    startup.mark("sharding")
     optimize(engine, config, mpu.tp_group, needs.blocks)
-    startup.mark("optimizations")
     engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.
     engine.random_stream = world_rank if needs.divided_dropout else mpu.dp_rank

@@ -7,7 +7,6 @@ and what would be right.
 from __future__ import annotations
 
 import importlib.metadata
-from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -19,6 +18,7 @@ from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.files import local_files
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
@@ -73,7 +73,7 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     needs = rehearse(model.config, config.tp_size)
     if needs.own_loss:
         compare_losses(model.config)
-    name = Path(config.model_name).name if Path(config.model_name).is_dir() else config.model_name
+    name = display_name(config.model_name)
     shards = f"{config.tp_size} shard{'s' * (config.tp_size > 1)}"
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
     special = ", loss computed from the logits" * needs.own_loss

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from tp2d_helpers import startup
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.speed import graphs, layers, reductions
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
@@ -57,6 +58,7 @@ def optimize(
     Args:
         blocks: names of the modules whose column-wise layers all take the module's own input.
     """
+    startup.mark("sharding")  # which came before this
     names, trouble = _agreed(*chosen_optimizations(config, torch.cuda.is_available()))
     model = engine.module
     _say("not all optimizations", trouble)
@@ -77,6 +79,7 @@ def optimize(
     if "cuda_graph" in names and graphs.host_bound(layers.layer_parameters(model), math.prod(shape)):
         keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
         _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, alone=tp_group.size() == 1))
+    startup.mark("optimizations")
 
 
 def _agreed(names: set[str], trouble: str) -> tuple[set[str], str]:

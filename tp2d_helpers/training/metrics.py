@@ -114,10 +114,6 @@ class StepMetrics:
         """True where `log_interval` asks for a flush: the same steps on every rank."""
         return bool(self.waiting) and self.waiting[-1]["step"] % self.interval == 0
 
-    def newest(self) -> dict[str, float | None]:
-        """`avg_loss` of the newest step that was flushed, and the newest `eval_loss`."""
-        return {"avg_loss": self.newest_loss, "eval_loss": self.newest_eval_loss}
-
     def flush(self) -> None:
         """Fetch and write what is waiting. Collective.
 
