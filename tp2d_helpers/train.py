@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from tp2d_helpers.checkpoint.files import claim_run
 from tp2d_helpers.checkpoint.resize import fit_to_world
-from tp2d_helpers.checkpoint.save_load import Progress, load_checkpoint, save_checkpoint
+from tp2d_helpers.checkpoint.run_folder import Progress
+from tp2d_helpers.checkpoint.save_load import load_checkpoint, save_checkpoint
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
 from tp2d_helpers.data.evaluation import evaluate
 from tp2d_helpers.model.engine import setup_model_with_autotp

@@ -220,6 +220,7 @@ def test_wandb_offline(run: Callable[..., Config], wandb_offline: Any, capsys: p
     config = run("wandb")
     assert check_trackers(config) == [("curves", "wandb", "wandb, project tp_autotp")]
     feed(config, steps(1, 2, 3), steps(1, 2, 3, 4))
+    time.sleep(1.1)  # wandb names a folder by the second
     feed(config, steps(1, 2, 3, 4), steps(5))
     folders = sorted((config.run_dir / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(folder.name.endswith(trackers.identity(config)) for folder in folders)
