@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from grid import Run, assert_equal_runs
+import torch
+from grid import Run, assert_equal_runs, run_grid
 from plain import plain_run, rate_of
 
 from tp2d_helpers.config import Config, ConfigError, make_config
@@ -57,6 +58,19 @@ def test_betas_and_epsilon(train: Train, zero_stage: int, dp_size: int, optimiza
     adam = dict(adam_beta1=0.5, adam_beta2=0.8, adam_epsilon=1e-3)
     run = train("qwen2-untied", zero_stage=zero_stage, dp_size=dp_size, optimizations=optimizations, **adam)
     assert_equal_runs(run, plain_run(run.config))
+
+
+def corrections(engine: Any, *groups: Any) -> list[float]:
+    """For `run_grid(after=)`: what the kernel for GPUs divides the moments by, in the step after the last."""
+    return engine.optimizer._count_step(torch.tensor(2.0), torch.tensor(0.0)).tolist()
+
+
+def test_the_kernel_for_gpus_is_told_the_betas(train: Train) -> None:
+    """Its scalars are computed on all devices: clipping, both corrections of the moments, whether the step is taken."""
+    config = train("qwen2-tied", debug_steps=2, warmup_steps=0).config
+    config |= dict(adam_beta1=0.5, adam_beta2=0.8, experiment_name="betas")
+    (found,) = run_grid(config, after=corrections)
+    assert found == pytest.approx([0.5, 1 - 0.5**3, (1 - 0.8**3) ** 0.5, 1.0])
 
 
 # Values that can't work.
