@@ -258,9 +258,11 @@ def assert_equal_runs(
             on a single weight can be tight. But a tensor that missed one of its updates is off by about 1.
     """
     for now, then in zip(run.records, reference.records, strict=True):
-        for name in ("step", "epoch", "tokens", "learning_rate"):
+        for name in ("step", "epoch", "tokens"):
             assert now[name] == then[name], f"step {then['step']}: {name} {now[name]} != {then[name]}"
-        tolerances = {"loss": loss} | ({"grad_norm": grad_norm} if run.config["zero_stage"] else {})  # stage 0 has none
+        tolerances = {"loss": loss, "learning_rate": 1e-12} | (
+            {"grad_norm": grad_norm} if run.config["zero_stage"] else {}
+        )  # stage 0 has none
         for name, tolerance in tolerances.items():
             same = now[name] == pytest.approx(then[name], rel=tolerance, abs=0)
             assert same, f"step {then['step']}: {name} {now[name]} != {then[name]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,24 @@ from grid import Run
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
+
+
+def rate_of(settings: dict[str, Any], done: int, total: int) -> float:
+    """The learning rate after `done` steps of `total`, written out; another form than that of `transformers`."""
+    peak, low, warm = settings["learning_rate"], settings["min_learning_rate"], settings["warmup_steps"]
+    kind, warm = settings["learning_rate_schedule"], warm if warm >= 1 else math.ceil(warm * total)
+    if done < warm:  # from 0; that of warmup-stable-decay from the lowest
+        start = low if kind == "warmup-stable-decay" else 0.0
+        return start + (peak - start) * done / warm
+    left = (total - done) / (total - warm)  # of what is not warm-up: from 1 to 0
+    tail = math.ceil(total / 5)
+    falls = {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": (1 - math.cos(math.pi * left)) / 2,
+        "warmup-stable-decay": 1 - math.sqrt(max(0.0, 1 - (total - done) / tail)),
+    }
+    return low + (peak - low) * falls[kind]
 
 
 def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after: int = 0) -> Run:
@@ -32,9 +51,10 @@ def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after
         loader.batch_sampler.set_epoch(epoch)
         for (batch,), tokens in global_batches(loader):
             now = config if len(records) < after or not later else {**config, **later}
-            rate = now["learning_rate"] * min(1.0, len(records) / max(1, now["warmup_steps"]))
+            rate = rate_of(now, len(records), now["num_epochs"] * loader.batch_sampler.steps_per_epoch)
+            adam = dict(betas=(now["adam_beta1"], now["adam_beta2"]), eps=now["adam_epsilon"])
             for group, decay in zip(optimizer.param_groups, (now["weight_decay"], 0.0), strict=False):
-                group.update(lr=rate, weight_decay=decay)
+                group.update(lr=rate, weight_decay=decay, **adam)
             loss = model(**batch, use_cache=False).loss
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), now["max_grad_norm"])

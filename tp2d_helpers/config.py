@@ -22,6 +22,7 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 # What makes a step faster without changing what it computes (section 4 of the notebook).
 OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step", "cuda_graph")
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # where curves can be looked at
 
 
 class ConfigError(ValueError):
@@ -63,8 +64,13 @@ class Config(BaseModel):
     seq_length: Annotated[int, Field(ge=2)] = 512
     num_epochs: PositiveInt = 1
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 1e-5
-    warmup_steps: NonNegativeInt = 0
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "warmup-stable-decay"] = "constant"
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: int | float = 0
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
@@ -81,6 +87,7 @@ class Config(BaseModel):
     keep_checkpoints_by: Literal["newest", "loss", "eval_loss"] = "newest"
     async_checkpoint: bool = True
     trust_checkpoint: bool = False
+    trackers: str = "tensorboard"
     storage_path: str = "auto"
     experiment_name: str = "auto"
     # The cluster.
@@ -99,6 +106,23 @@ class Config(BaseModel):
         if bool in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _are_steps_or_a_share(cls, steps: float) -> float:
+        if not (isinstance(steps, int) and steps >= 0) and not 0 < steps < 1:
+            raise ValueError("must be a valid number of steps (0, 1, 2 …), or a share of all steps between 0 and 1")
+        return steps
+
+    @field_validator("min_learning_rate")
+    @classmethod
+    def _is_reached(cls, lowest: float, info: ValidationInfo) -> float:
+        rate, schedule = info.data.get("learning_rate"), info.data.get("learning_rate_schedule")
+        if isinstance(rate, float) and lowest >= rate:
+            raise ValueError(f"must be below learning_rate, which is {rate:g}")
+        if lowest and schedule == "constant":
+            raise ValueError("the learning_rate_schedule 'constant' never goes there; take another, or 0")
+        return lowest
 
     @field_validator("experiment_name")
     @classmethod
@@ -123,6 +147,14 @@ class Config(BaseModel):
         if unknown := [name for name in names if name not in OPTIMIZATIONS]:
             raise ValueError(f"{unknown} unknown; must be 'auto', 'none', or some of {', '.join(OPTIMIZATIONS)}")
         return ",".join(names) or text
+
+    @field_validator("trackers")
+    @classmethod
+    def _are_trackers(cls, text: str) -> str:
+        names = [] if text == "none" else [name.strip() for name in text.split(",")]
+        if unknown := [name for name in names if name not in TRACKERS]:
+            raise ValueError(f"{unknown} unknown; must be 'none', or some of {', '.join(TRACKERS)}")
+        return ",".join(dict.fromkeys(names)) or text
 
     @property
     def num_workers(self) -> int:

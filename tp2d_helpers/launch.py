@@ -26,6 +26,7 @@ from tp2d_helpers.preflight.plan import Plan
 from tp2d_helpers.train import train_func
 from tp2d_helpers.training.elastic import GridTrainer
 from tp2d_helpers.training.metrics import newest_step
+from tp2d_helpers.training.trackers import Trackers
 
 MOST_LINES = 30  # of progress in one launch, however long the run
 
@@ -83,7 +84,7 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
     """
     path, total = config.run_dir / "metrics.jsonl", last_step(config, steps_per_epoch)
     interrupt = signal.getsignal(signal.SIGINT)  # Ray Train takes it over and does not give it back
-    with lock_run(config):
+    with lock_run(config), Trackers(config) as trackers:
         (config.run_dir / "stalled.json").unlink(missing_ok=True)  # of an earlier launch
         done = newest_step(path)
         every = math.ceil((total - done) / config.log_interval / MOST_LINES) * config.log_interval or 1
@@ -91,7 +92,8 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
         workers = f"{config.num_workers} worker{'s' * (config.num_workers > 1)}"
         print(f"{workers}, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
         finished, began = threading.Event(), time.time()
-        thread = threading.Thread(target=_print_progress, args=(path, done, total, every, began, finished), daemon=True)
+        arguments = (path, done, total, every, began, finished, trackers)
+        thread = threading.Thread(target=_print_progress, args=arguments, daemon=True)
         thread.start()
         try:
             yield
@@ -109,13 +111,16 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
     print(f"finished in {time.time() - began:.0f} s")
 
 
-def _print_progress(path: Path, done: int, total: int, every: int, launched: float, finished: threading.Event) -> None:
+def _print_progress(
+    path: Path, done: int, total: int, every: int, launched: float, finished: threading.Event, trackers: Trackers
+) -> None:
     last, tail, start = False, Tail(path), None
     while not last:
         last = finished.wait(0.5)  # one more look after the end
         if not start and (start := startup.describe(read_json(path.parent / "start.json"), launched)):
             print(start, flush=True)
-        for record in tail.read():
+        trackers.add(records := tail.read())
+        for record in records:
             if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):
                 print(progress_line(record, total), flush=True)
             done = max(done, record["step"])

@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader
 
 from tp2d_helpers.checkpoint.files import claim_run
 from tp2d_helpers.checkpoint.resize import fit_to_world
-from tp2d_helpers.checkpoint.save_load import Progress, load_checkpoint, save_checkpoint
+from tp2d_helpers.checkpoint.run_folder import Progress
+from tp2d_helpers.checkpoint.save_load import load_checkpoint, save_checkpoint
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
 from tp2d_helpers.data.evaluation import evaluate
 from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.planning.out_of_memory import explain_out_of_memory
 from tp2d_helpers.training.elastic import PreemptionNotice
 from tp2d_helpers.training.metrics import StepMetrics, log_to_file
+from tp2d_helpers.training.schedule import schedule_learning_rate
 from tp2d_helpers.training.watchdog import Watchdog
 
 
@@ -50,6 +52,8 @@ def train_func(config: dict[str, Any]) -> None:
         )
         loader = create_dataloader(dp_rank=dp_rank, **data_settings(config))
         progress = load_checkpoint(engine, run.folder, config["seed"], config["trust_checkpoint"], loader)
+        last_step = progress.last_step(config["num_epochs"], loader.batch_sampler.steps_per_epoch)
+        schedule_learning_rate(engine, config, last_step)
         metrics = StepMetrics(engine, dp_group, run.folder, config["seq_length"], config["log_interval"], progress.step)
 
         engine.train()

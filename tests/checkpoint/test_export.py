@@ -80,7 +80,8 @@ def test_export_is_the_trained_model(
     assert hashes(folder_of(run)) == before, "an export only reads the checkpoint"
     assert_is_the_trained_model(run, folder)
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        "README.md",
     }
     trained_from = AutoTokenizer.from_pretrained(run.config["model_name"])
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == trained_from.get_vocab()
@@ -397,11 +398,13 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     main([str(checkpoint)])
     assert capsys.readouterr().out == f"{checkpoint.parent / 'export'}\n"
     exported = hashes(checkpoint.parent / "export")
-    assert len(exported) == 5
+    assert len(exported) == 6
     model = json.loads((checkpoint.parent / "config.json").read_text())["model_name"]
     (checkpoint.parent / "config.json").unlink()
     main([str(checkpoint), "--model", model, "--output", str(tmp_path / "some" / "where")])
-    assert hashes(tmp_path / "some" / "where") == exported
+    again = hashes(tmp_path / "some" / "where")
+    assert again.pop("README.md") != exported.pop("README.md"), "what config.json alone says is not told any more"
+    assert again == exported
 
 
 def test_command_line_mistakes(checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.data.dataloader import TokenDataset
 from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.preflight.folder import check_checkpoints
+from tp2d_helpers.training.metrics import append
 
 DATA = {"documents": 3, "tokens": 700, "sha256": "abc"}
 
@@ -118,18 +119,34 @@ def test_every_setting_counts_or_is_refused(first: Config) -> None:
     other: dict[type, Any] = {int: lambda v: v + 1, float: lambda v: v / 2, bool: lambda v: not v}
     special = dict(use_gpu=False, precision="bf16", master_weights="bf16", activation_checkpointing="full",
                    optimizations="none", keep_checkpoints_by="loss", text_files="paragraph", zero_stage=2,
-                   dp_size=1, batch_size_per_gpu=1)  # fmt: skip
+                   dp_size=1, batch_size_per_gpu=1, learning_rate_schedule="linear",
+                   min_learning_rate=1e-6, trackers="none")  # fmt: skip
+    needs = dict(min_learning_rate=dict(learning_rate_schedule="linear"))
     for name, value in first.model_dump().items():
         if name in ("storage_path", "experiment_name"):
             continue
         now = special.get(name, other.get(type(value), lambda v: v + "x")(value) if name not in special else None)
         try:
-            found = rows(first.change(**{name: now}))
+            found = rows(first.change(**{name: now}, **needs.get(name, {})))
         except ConfigError as error:
             assert f"{name}: {value!r} then, {now!r} now" in str(error)
         else:
             told = " ".join(text for row in found.values() for text in row)
             assert f"{name} {value!r} → {now!r}" in told or f"{name} {value}, so that" in told
+
+
+def test_a_rate_that_another_curve_changes_is_told(first: Config) -> None:
+    """Its last before and first after, as a cosine to the end of an epoch has another half of it when there are two."""
+    first = first.change(learning_rate_schedule="cosine")
+    record_run(first, DATA)
+    checkpoint(first)
+    append(first.run_dir / "metrics.jsonl", [dict(step=3, learning_rate=7.5e-6)])  # after 2 of 6 steps
+    assert "changed since" not in rows(first)
+    assert rows(first.change(weight_decay=0.1))["changed since"][1] == "what is set now counts"
+    assert rows(first.change(num_epochs=2))["changed since"] == [
+        "num_epochs 1 → 2",
+        "what is set now counts; the learning rate was 7.5e-06 in step 3 and is 8.54e-06 in step 4 of 12",
+    ]
 
 
 # Where an epoch ends.

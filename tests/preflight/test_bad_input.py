@@ -110,7 +110,7 @@ WRONG_TYPE: dict[type, list[Any]] = {
 def test_wrong_type(name: str) -> None:
     kind = type(Config.model_fields[name].default)
     for value in WRONG_TYPE[kind if name != "use_gpu" else bool]:
-        right = "(valid|finite|'auto'|'fp32'|'newest'|'none'|'document')"
+        right = "(valid|finite|'auto'|'fp32'|'newest'|'none'|'document'|'constant')"
         with pytest.raises(ConfigError, match=rf"(?m)^{name} = .*{right}") as error:
             make_config(**{name: value})
         assert f"{name} = {value!r}: " in str(error.value)
@@ -149,7 +149,9 @@ def test_the_way_to_write_it_is_named(name: str, value: Any, right: str) -> None
     ("eval_samples", -1, "greater than or equal to 0"), ("eval_interval", -1, "greater than or equal to 0"),
     ("min_dp_size", -1, "greater than or equal to 0"), ("hang_timeout_seconds", -1, "greater than or equal to 0"),
     ("learning_rate", 0, "greater than 0"), ("learning_rate", -1e-5, "greater than 0"),
-    ("learning_rate", 1, "less than 1"), ("warmup_steps", -1, "greater than or equal to 0"),
+    ("learning_rate", 1, "less than 1"), ("warmup_steps", -1, "a valid number of steps (0, 1, 2"),
+    ("min_learning_rate", -1e-6, "greater than or equal to 0"), ("adam_epsilon", 0, "greater than 0"),
+    ("adam_beta1", 1, "less than 1"), ("adam_beta1", -0.1, "equal to 0"), ("adam_beta2", 1, "less than 1"),
     ("weight_decay", -0.1, "greater than or equal to 0"), ("weight_decay", 1, "less than 1"),
     ("max_grad_norm", -1, "greater than or equal to 0"), ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**31, "less than 2147483648"), ("debug_steps", -1, "greater than or equal to 0"),
@@ -739,7 +741,7 @@ def test_what_can_run_is_planned(cluster: dict[str, float], actors: list[str], t
     found = plan.preflight(make_config(**settings))
     assert (found.steps_per_epoch, found.resources_per_worker) == (3, {"CPU": 0.5})
     assert [what for what, *_ in found.rows] == [
-        "versions", "cluster", "precision", "model", "speed", "data", "storage"
+        "versions", "cluster", "precision", "model", "speed", "data", "storage", "curves"
     ]  # fmt: skip
     assert not actors and json.loads((found.config.run_dir / "config.json").read_text())["tp_size"] == 2
 

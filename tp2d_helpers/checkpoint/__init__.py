@@ -5,7 +5,7 @@ from tp2d_helpers import lazy
 __getattr__ = lazy(
     __name__,
     {
-        "Progress": "save_load",
+        "Progress": "run_folder",
         "save_checkpoint": "save_load",
         "load_checkpoint": "save_load",
         "fit_to_world": "resize",

@@ -21,6 +21,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
+from tp2d_helpers.checkpoint.card import model_card
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, merge, open_shards, read
 from tp2d_helpers.data.tokens import load_tokenizer
@@ -44,10 +45,11 @@ DTYPES = {
 def export_checkpoint(
     checkpoint: str | Path, model_name: str, folder: str | Path, trust_remote_code: bool = False
 ) -> Path:
-    """Write `config.json`, `generation_config.json`, safetensors and tokenizer of a checkpoint's model.
+    """Write `config.json`, `generation_config.json`, safetensors, tokenizer and model card of a checkpoint's model.
 
     The safetensors have the names and values that `save_pretrained` would give the trained model: its weights, in the
-    dtype they were trained in (bf16: the rounding of the fp32 masters), and its persistent buffers.
+    dtype they were trained in (bf16: the rounding of the fp32 masters), and its persistent buffers. To publish it:
+    `hf upload <user>/<repository> <run>/export`.
 
     Args:
         checkpoint: the folder that Ray Train kept, with DeepSpeed's folder `step_<n>` in it. It is only read.
@@ -74,6 +76,7 @@ def export_checkpoint(
         with contextlib.suppress(OSError):  # not every model has one
             shutil.copy(cached_file(model_name, "generation_config.json"), new)
         _write_weights(new, model.meta, whole, ranks)
+        model_card(tag.parent, model_name).save(new / "README.md")
         if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
             folder.rename(Path(scratch, "older"))
         new.rename(folder)

@@ -15,16 +15,13 @@ import transformers
 @contextlib.contextmanager
 def settings_stay(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     """Keep what the user has set from the checkpoint that is loaded within, which brings the settings of its time."""
-    schedule, clipping = engine.lr_scheduler, engine.gradient_clipping()
+    clipping = engine.gradient_clipping()
     groups = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    rates = schedule.base_lrs
     yield
     for group, settings in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(settings)
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = clipping
-    schedule.base_lrs, schedule.last_epoch = rates, schedule.last_epoch - 1
-    schedule.step()  # to the step that the checkpoint has reached
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,31 @@ from tp2d_helpers.config import Config, ConfigError
 
 FORMAT = 2  # of a checkpoint: 1 had one parameter group, whose norms and biases decayed
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+@dataclass
+class Progress:
+    """Where a run is. All counts are of what is done: 0 at the start."""
+
+    epoch: int = 0  # whole epochs
+    epoch_step: int = 0  # optimizer steps in the epoch that is under way
+    step: int = 0  # optimizer steps over the whole run
+    samples: int = 0  # samples over the whole run
+
+    def advance(self, steps_per_epoch: int, samples: int) -> None:
+        """Count one more optimizer step; the last step of an epoch begins the next one."""
+        self.step, self.samples, self.epoch_step = self.step + 1, self.samples + samples, self.epoch_step + 1
+        if self.epoch_step == steps_per_epoch:
+            self.epoch, self.epoch_step = self.epoch + 1, 0
+
+    def due(self, interval: int) -> bool:
+        """True at the end of an epoch, and every `interval` steps (0: only at the end of an epoch)."""
+        return self.epoch_step == 0 or (interval > 0 and self.step % interval == 0)
+
+    def last_step(self, num_epochs: int, steps_per_epoch: int) -> int:
+        """The step that the run will end with. An epoch that is shorter now than what was done of it is over."""
+        left = (num_epochs - self.epoch) * steps_per_epoch - min(self.epoch_step, steps_per_epoch)
+        return self.step + max(left, 0)
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
@@ -116,9 +142,9 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
 def last_step(config: Config, steps_per_epoch: int) -> int:
     """The step that the run will end with, counted from its newest complete checkpoint on."""
     newest, _ = newest_checkpoint(config.run_dir)
-    where = read_manifest(newest) if newest else dict(step=0, epoch=0, epoch_step=0)
-    done = min(where["epoch_step"], steps_per_epoch)  # an epoch that is shorter now is over
-    return where["step"] + max((config.num_epochs - where["epoch"]) * steps_per_epoch - done, 0)
+    manifest = read_manifest(newest) if newest else {}
+    where = {name: manifest[name] for name in ("epoch", "epoch_step", "step") if newest}
+    return Progress(**where).last_step(config.num_epochs, steps_per_epoch)
 
 
 def remove_unfinished(run_dir: Path) -> list[str]:

@@ -32,30 +32,11 @@ from tp2d_helpers.checkpoint.restore import (
     settle_on_new_grid,
     without_padding,
 )
+from tp2d_helpers.checkpoint.run_folder import Progress
 from tp2d_helpers.checkpoint.writer import CheckpointWriter
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.engine import PRECISIONS
 from tp2d_helpers.speed.agreement import everywhere
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is. All counts are of what is done: 0 at the start."""
-
-    epoch: int = 0  # whole epochs
-    epoch_step: int = 0  # optimizer steps in the epoch that is under way
-    step: int = 0  # optimizer steps over the whole run
-    samples: int = 0  # samples over the whole run
-
-    def advance(self, steps_per_epoch: int, samples: int) -> None:
-        """Count one more optimizer step; the last step of an epoch begins the next one."""
-        self.step, self.samples, self.epoch_step = self.step + 1, self.samples + samples, self.epoch_step + 1
-        if self.epoch_step == steps_per_epoch:
-            self.epoch, self.epoch_step = self.epoch + 1, 0
-
-    def due(self, interval: int) -> bool:
-        """True at the end of an epoch, and every `interval` steps (0: only at the end of an epoch)."""
-        return self.epoch_step == 0 or (interval > 0 and self.step % interval == 0)
 
 
 def save_checkpoint(
@@ -133,7 +114,7 @@ def load_checkpoint(
     """Load the run's newest complete checkpoint into the engine; say where the run goes on. Collective.
 
     A checkpoint of another grid is converted first, once, by rank 0. What the optimizer was set to stays: the learning
-    rate and its schedule, which goes on at the checkpoint's step, weight decay, clipping.
+    rate, weight decay, betas, clipping. For the schedule of the learning rate see `schedule_learning_rate`.
 
     Args:
         seed: of the run; on another grid than before, dropout starts anew from it and the step.

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from tp2d_helpers.checkpoint.card import versions
 from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, read_manifest, recorded
 from tp2d_helpers.config import Config, ConfigError, make_config
@@ -23,7 +24,7 @@ RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load wh
 
 
 def record_run(config: Config, data: dict[str, Any] | None = None) -> None:
-    """Write the settings into the run's folder, for those who continue it, and an id that its checkpoints will bear.
+    """Write settings and versions into the run's folder, for those who continue it, and its checkpoints' id.
 
     Where `config.json` was lost and the user trusts the checkpoints, it is the id that the newest one bears.
 
@@ -32,7 +33,7 @@ def record_run(config: Config, data: dict[str, Any] | None = None) -> None:
     """
     newest, _ = newest_checkpoint(config.run_dir)
     run_id = recorded(config.run_dir).get("run_id") or (newest and read_manifest(newest).get("run_id"))
-    settings = {**config.model_dump(), "data": data, "run_id": run_id or uuid.uuid4().hex}
+    settings = {**config.model_dump(), "data": data, "versions": versions(), "run_id": run_id or uuid.uuid4().hex}
     write_json(config.run_dir / "config.json", settings)
 
 

@@ -106,11 +106,9 @@ def setup_model_with_autotp(
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
     planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
     needs.meet(model, mpu.tp_group)
-    optimizer, schedule = _optimizer(model, config)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
-        lr_scheduler=schedule,
+        optimizer=_optimizer(model, config),
         config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype),
         mpu=mpu,
     )
@@ -123,15 +121,20 @@ def setup_model_with_autotp(
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
 
 
-def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW in one kernel per step, and its learning rate: a linear warm-up, then constant.
+def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW in one kernel per step. Its learning rate is constant until it is given a schedule (training/schedule.py).
 
     Matrices decay (embeddings and a stack of experts' are some); norms and biases don't: they scale and shift, and
     shrinking them regularises nothing. Made before the weights are sharded: AutoTP puts the shards in their place.
     """
-    rate, decay = config.get("learning_rate", 1e-5), config.get("weight_decay", 0.01)
+    decay = config.get("weight_decay", 0.01)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, fused=True)
-    return optimizer, transformers.get_constant_schedule_with_warmup(optimizer, config.get("warmup_steps", 0))
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.get("learning_rate", 1e-5),
+        betas=(config.get("adam_beta1", 0.9), config.get("adam_beta2", 0.999)),
+        eps=config.get("adam_epsilon", 1e-8),
+        fused=True,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tp2d_helpers.checkpoint.run_folder import (
 from tp2d_helpers.checkpoint.settings import GRID, changes, check_same_data, settings_of
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.preflight.cluster import check_nodes
+from tp2d_helpers.training.metrics import read_metrics
+from tp2d_helpers.training.schedule import learning_rate_at
 
 
 def check_storage(config: Config) -> str:
@@ -79,7 +82,8 @@ def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps
         chosen.append(f"removed, as it could never be used: {'; '.join(removed)}")
     rows = [("checkpoint", "; ".join(dict.fromkeys(skipped + damaged)) or "complete", ", ".join(chosen))]
     changed = changes(then, config)
-    return [*rows, ("changed since", changed, "what is set now counts")] if changed else rows
+    counts = "what is set now counts" + _how_the_rate_goes_on(config, read_manifest(newest)["step"], steps)
+    return [*rows, ("changed since", changed, counts)] if changed else rows
 
 
 def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> list[str]:
@@ -96,3 +100,14 @@ def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> 
     if last_step(config, steps) == manifest["step"]:
         chosen.append(f"nothing is left to train: num_epochs is {config.num_epochs}")
     return chosen
+
+
+def _how_the_rate_goes_on(config: Config, step: int, steps: int) -> str:
+    """The learning rate before and after the checkpoint of a step, where the curve that is set now differs there."""
+    settings, last = config.model_dump(), last_step(config, steps)
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    then = [record["learning_rate"] for record in records if record["step"] == step]
+    if step >= last or not then or math.isclose(then[0], learning_rate_at(step, settings, last), abs_tol=1e-12):
+        return ""
+    now = learning_rate_at(step + 1, settings, last)
+    return f"; the learning rate was {then[0]:.3g} in step {step} and is {now:.3g} in step {step + 1} of {last}"

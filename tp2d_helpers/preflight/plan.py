@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tp2d_helpers.checkpoint.run_folder import last_step
 from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.demo import demo_model, has_random_weights
@@ -36,6 +37,8 @@ from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
+from tp2d_helpers.training.schedule import check_schedule
+from tp2d_helpers.training.trackers import check_trackers
 
 # Learning rates that "auto" takes: what makes random weights learn would undo what pretrained ones have learned.
 RANDOM_RATE, PRETRAINED_RATE = 1e-3, 1e-5
@@ -91,16 +94,18 @@ def preflight(config: Config) -> Plan:
     rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))
-    if given.learning_rate == "auto":
-        kind = "random" if has_random_weights(config.model_name) else "pretrained"
-        rows.append(("learning rate", f"{kind} weights", f"{config.learning_rate:g}"))
     rows += check_memory(config, model, resources)
     names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
     rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
     rows += describe_placement(config, model, counts)
     steps, data, *described = check_data(config, model)
     rows.append(("data", *described))
+    schedule = check_schedule(config, last_step(config, steps))
+    if given.learning_rate == "auto" or config.learning_rate_schedule != "constant":
+        kind = "random" if has_random_weights(config.model_name) else "pretrained"
+        rows.append(("learning rate", f"{kind} weights", schedule))
     rows.append(("storage", check_storage(config), str(config.run_dir)))
+    rows += check_trackers(config)
     rows += check_checkpoints(config, then, data, steps)
     record_run(config, data)
     return Plan(config, model, resources_per_worker, steps, rows)

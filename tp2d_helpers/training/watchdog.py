@@ -17,7 +17,7 @@ from tp2d_helpers import heartbeat
 from tp2d_helpers.checkpoint.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from tp2d_helpers.checkpoint.save_load import Progress
+    from tp2d_helpers.checkpoint.run_folder import Progress
 
 MOST_NAMED = 8  # ranks, in one message
 BUSY = 0.05  # of a core: a start that takes more is at work; Ray's own threads in a worker take a hundredth

@@ -1,0 +1,108 @@
+"""The model card of an export: what was trained, on what, how, and what came of it, from the run's folder alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from tp2d_helpers.checkpoint.files import read_json
+from tp2d_helpers.config import Config
+
+DEMO = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model of `demo` goes on after its shape
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Settings that have lines of their own, or don't decide what is trained.
+LEFT_OUT = {"model_name", "dataset_name", "tp_size", "dp_size", "zero_stage", "precision", "use_gpu", "log_interval",
+            "eval_interval", "checkpoint_interval", "checkpoints_to_keep", "keep_checkpoints_by", "async_checkpoint",
+            "trust_checkpoint", "trust_remote_code", "storage_path", "experiment_name", "trackers", "max_failures",
+            "min_dp_size", "hang_timeout_seconds", "cluster_wait_seconds"}  # fmt: skip
+
+
+def model_card(checkpoint: Path, model_name: str) -> ModelCard:
+    """The card for the model of a checkpoint. It has no local path: of a file or folder it says the name.
+
+    Args:
+        checkpoint: a folder `checkpoint_<n>` in the run's folder. What isn't there isn't told.
+        model_name: the model that training began with.
+    """
+    manifest = read_json(checkpoint / "rank_0.json")
+    settings = manifest.get("settings") or read_json(checkpoint.parent / "config.json")
+    model, data = shown(model_name), shown(settings.get("dataset_name", ""))
+    about = ModelCardData(
+        base_model=model if HUB_ID.fullmatch(model) else None,
+        datasets=[data] if HUB_ID.fullmatch(data) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+    )
+    sections = [
+        f"# {settings.get('experiment_name', model)}",
+        _what(model, data, bool(DEMO.search(model_name)), manifest, _records(checkpoint)),
+        _table("Results", _results(manifest, _records(checkpoint))),
+        _table("Grid", _grid(manifest)),
+        _table("Settings", {name: shown(value) for name, value in settings.items() if _counts(name, value)}),
+        _table("Versions", settings.get("versions", {})),
+        "The licences of the model that training began with and of the data apply.",
+    ]
+    return ModelCard("---\n" + about.to_yaml() + "\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def _counts(name: str, value: Any) -> bool:
+    return name in Config.model_fields and name not in LEFT_OUT and value != ""
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the result of a run depends on."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "ray")}
+
+
+def shown(value: Any) -> Any:
+    """A setting without local paths: of a model, file or folder the name, of the demo's cached models the shape."""
+    if not isinstance(value, str):
+        return value
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in value.split(",")]
+    return DEMO.sub("", ",".join(parts))
+
+
+def _records(checkpoint: Path) -> list[dict[str, Any]]:
+    """Of `metrics.jsonl`, up to the checkpoint's step."""
+    path, step = checkpoint.parent / "metrics.jsonl", read_json(checkpoint / "rank_0.json").get("step", 0)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record["step"] <= step]
+
+
+def _what(model: str, data: str, random: bool, manifest: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    begun = f"Trained from random weights in the shape {model!r}" if random else f"Trained from {model}"
+    on = f" on {data}" if data else ""
+    tokens = sum(record["tokens"] for record in records)
+    seen = f" ({tokens:,} tokens)" if len(records) == manifest.get("step") else ""
+    steps = f", for {manifest['step']:,} optimizer steps{seen}" if manifest else ""
+    return f"{begun}{on}{steps}, by tensor parallelism (DeepSpeed AutoTP) and ZeRO under Ray Train."
+
+
+def _results(manifest: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
+    metrics, found = manifest.get("metrics", {}), {}
+    if records and records[0]["step"] == 1 and records[0]["loss"] is not None:
+        found["training loss, first step"] = f"{records[0]['loss']:.4f}"
+    if metrics.get("loss") is not None:
+        found["training loss, last step"] = f"{metrics['loss']:.4f}"
+    if (loss := metrics.get("eval_loss")) is not None:
+        found["held-out loss (perplexity)"] = f"{loss:.4f} ({math.exp(loss):,.2f})"
+    return found
+
+
+def _grid(manifest: dict[str, Any]) -> dict[str, Any]:
+    if not manifest:
+        return {}
+    grid = {"tensor parallel × data parallel": f"{manifest['tp_size']} × {manifest['dp_size']}"}
+    return grid | {"ZeRO stage": manifest["zero_stage"], "precision": manifest.get("precision", "")}
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines]) if rows else ""
