@@ -20,7 +20,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-# What makes a step faster without changing what it computes (section 4 of the notebook).
+# What makes a step faster without changing what it computes (the notebook says how, under "Speed").
 OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step", "cuda_graph")
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # where curves can be looked at
 

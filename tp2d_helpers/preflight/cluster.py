@@ -45,7 +45,8 @@ def describe_cluster(resources: dict[str, float]) -> str:
     """The cluster's nodes, cores and GPUs, with their type where Ray knows it."""
     types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
     nodes = len(_alive())
-    gpus = f"{int(resources.get('GPU', 0))} GPUs" + (f" ({', '.join(types)})" if types else "")
+    number = int(resources.get("GPU", 0))
+    gpus = f"{number} GPU{'s' * (number != 1)}" + (f" ({', '.join(types)})" if types else "")
     return f"{nodes} node{'s' * (nodes > 1)}, {resources.get('CPU', 0):g} CPU cores, {gpus}; {platform.machine()}"
 
 

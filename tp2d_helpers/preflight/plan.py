@@ -87,7 +87,8 @@ def preflight(config: Config) -> Plan:
     check_resilience(config)
     then, config = config, continue_run(config.change(precision=settled_precision(config, resources)))
     rows = [("versions", check_versions(), "")]
-    rows.append(("cluster", describe_cluster(resources), f"{config.num_workers} workers on {why}"))
+    workers = f"{config.num_workers} worker{'s' * (config.num_workers > 1)}"
+    rows.append(("cluster", describe_cluster(resources), f"{workers} on {why}"))
     first = first_size(config, resources)
     resources_per_worker = check_resources(first, resources)
     counts = check_placement(first, resources_per_worker)
