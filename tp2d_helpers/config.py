@@ -52,6 +52,8 @@ class Config(BaseModel):
     text_files: Literal["document", "paragraph"] = "document"
     dataset_percentage: Annotated[float, Field(gt=0, le=100)] = 100.0
     packing: bool = True
+    chat_template: str = ""
+    loss_on: Literal["assistant", "all"] = "assistant"
     trust_remote_code: bool = False
     # Parallelism.
     tp_size: PositiveInt = 2

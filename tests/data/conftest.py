@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from documents import DOCUMENTS, write
+from tokenizers import Regex, pre_tokenizers
 
 from tp2d_helpers.demo import demo_documents, train_tokenizer
+
+TEMPLATES = Path(__file__).parent / "templates"  # as the models were published with them
+# The tokens that a template is written in.
+CONTROL = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+}
+# Llama-3's way to divide text. With GPT-2's, "\n\n" is one token at the end of a text and two before a word.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +44,28 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def source(tmp_path: Path) -> str:
     """`DOCUMENTS` as a jsonl file."""
     return str(write(tmp_path / "documents.jsonl", DOCUMENTS))
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """speaker(template, into): a folder with the demo's tokenizer, the template and the tokens that it is written in.
+
+    Without a folder to add it to, it is one of its own. Without a template, the tokenizer has none.
+    """
+
+    def save(template: str = "", into: Path | None = None) -> str:
+        fast = train_tokenizer(demo_documents())
+        if template:
+            control = CONTROL[template.partition("_")[0]]
+            begin = {"bos_token": control[0]} if template in ("llama3", "gemma") else {}
+            fast.add_special_tokens({"additional_special_tokens": control, **begin})
+            if template == "llama3":
+                split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+                bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+                fast.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+            fast.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+        folder = into or tmp_path_factory.mktemp("speaker")
+        fast.save_pretrained(folder)
+        return str(folder)
+
+    return save

@@ -7,6 +7,7 @@ __getattr__ = lazy(
     {
         "prepare_tokens": "tokens",
         "load_tokenizer": "tokens",
+        "example_segments": "tokens",
         "load_text": "text",
         "TokenDataset": "dataloader",
         "GlobalBatchSampler": "dataloader",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tp2d_helpers import startup
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.tokens import prepare_tokens
+from tp2d_helpers.data.tokens import SOURCE, prepare_tokens
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 
@@ -28,6 +28,8 @@ class TokenDataset(Dataset):
     Packed, sample i is tokens [i·S, (i+1)·S): every position is a real token, and the last, incomplete block is left
     out. Padded, sample i is the first S tokens of document i, and the rest of its S positions is padding; documents
     of one token are left out, as they have nothing to predict.
+
+    Of chats, only the tokens that the folder's mask names are labels, and samples without any are left out.
 
     The first `samples` are to train on. `eval_samples` more are held out: they are of the last documents, of which
     training sees no part and no copy.
@@ -41,22 +43,43 @@ class TokenDataset(Dataset):
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
         self.meta = json.loads((folder / "meta.json").read_text())
         self.pad = self.meta["pad"]
+        masked = (folder / "mask.bin").exists()
+        self.mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r") if masked else None
         offsets = np.load(folder / "offsets.npy")
         sizes = np.diff(offsets)
+        self.too_long, self.left_out = int((sizes > seq_length).sum()), 0  # documents; samples without a target
+        if not packing:
+            usable = self._targets(offsets[:-1], np.minimum(sizes, seq_length)) > 0
+            self.left_out = int((~usable).sum())
         trained, held_out = len(sizes), np.zeros(0, dtype=np.int64)
         if eval_samples:
-            share, enough = (sizes, eval_samples * seq_length) if packing else (sizes > 1, eval_samples)
+            share, enough = (sizes, eval_samples * seq_length) if packing else (usable, eval_samples)
             trained, held_out = hold_out(np.load(folder / "first.npy"), share, enough, eval_samples)
         if packing:
             self.starts = np.arange(offsets[trained] // seq_length, dtype=np.int64) * seq_length
+            self.starts = self.starts[self._targets(self.starts, seq_length) > 0]
             self.lengths = np.full(len(self.starts), seq_length, dtype=np.int64)
             self.samples = len(self.starts)
             self.ends, self.shifts = sizes[held_out].cumsum(), offsets[held_out + 1]
         else:
-            documents, held_out = np.flatnonzero(sizes[:trained] > 1), held_out[sizes[held_out] > 1][:eval_samples]
+            documents, held_out = np.flatnonzero(usable[:trained]), held_out[usable[held_out]][:eval_samples]
             self.samples, documents = len(documents), np.concatenate([documents, held_out])
             self.starts, self.lengths = offsets[documents], np.minimum(sizes[documents], seq_length)
         self.held_out = len(held_out)  # documents
+        self.targets = self._targets(self.starts, self.lengths)
+        if eval_samples and not any((self[i]["labels"][1:] != IGNORED).any() for i in range(self.samples, len(self))):
+            raise ConfigError(f"eval_samples = {eval_samples}: no answer begins in the held-out samples; take more")
+
+    def _targets(self, starts: np.ndarray, lengths: np.ndarray | int) -> np.ndarray:
+        """int64, how many tokens of each sample have loss: of a text all but the first, which nothing predicts."""
+        lengths = np.broadcast_to(lengths, starts.shape)
+        if self.mask is None:
+            return lengths - 1
+        bounds = np.stack([starts + 1, starts + lengths], axis=1).ravel()
+        if not len(bounds):
+            return bounds
+        # The last of all ends with the file, and has no bound.
+        return np.add.reduceat(self.mask, bounds[: -1 if bounds[-1] == len(self.mask) else None], dtype=np.int64)[::2]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,7 +90,7 @@ class TokenDataset(Dataset):
         return self.samples + self.eval_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, int64 [seq_length]; the labels of padding are `IGNORED`."""
+        """`input_ids` and `labels`, int64 [seq_length]; the labels of padding, and what has no loss, are `IGNORED`."""
         if index < len(self.starts):
             places = slice(self.starts[index], self.starts[index] + self.lengths[index])
         else:  # packed and held out: from documents that need not be neighbours
@@ -77,6 +100,8 @@ class TokenDataset(Dataset):
         tokens = torch.from_numpy(self.tokens[places].astype(np.int64))
         padding = (0, self.seq_length - len(tokens))
         input_ids = torch.nn.functional.pad(tokens, padding, value=self.pad)
+        if self.mask is not None:
+            tokens = tokens.where(torch.from_numpy(self.mask[places] > 0), IGNORED)
         return {"input_ids": input_ids, "labels": torch.nn.functional.pad(tokens, padding, value=IGNORED)}
 
 
@@ -165,7 +190,7 @@ def create_dataloader(
     Args:
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
         eval_samples: hold out so many samples for `evaluate`, of documents that training does not see.
-        source: `dataset_config`, `text_column`, `text_files` and `trust_remote_code`, as for `prepare_tokens`.
+        source: the other arguments of `prepare_tokens`.
 
     Raises:
         ConfigError: if the dataset is smaller than one global batch, or can't be tokenised.
@@ -190,25 +215,26 @@ def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Te
         micro-batch also holds `num_items_in_batch`, a float: the targets of the global batch over its number of
         micro-batches. Hugging Face models divide the summed loss by it, so that the plain mean over micro-batches and
         DP ranks, which is what DeepSpeed takes of the gradients, is the mean over all targets, however they spread.
-        Every rank knows the lengths of all samples, so this costs no communication.
+        Every rank knows the lengths and targets of all samples, so this costs no communication.
 
     Raises:
         ValueError: if the epoch ends before the step to begin with: a loop over its steps would come round for ever.
     """
-    sampler, lengths = loader.batch_sampler, torch.from_numpy(loader.dataset.lengths)
+    sampler, dataset = loader.batch_sampler, loader.dataset
+    lengths, targets_of = torch.from_numpy(dataset.lengths), torch.from_numpy(dataset.targets)
     accumulation, dp_size, _ = sampler.shape
     if sampler.start_step >= sampler.steps_per_epoch:
         raise ValueError(f"no step is left: {sampler.start_step} are done of an epoch of {sampler.steps_per_epoch}")
     batches = iter(loader)
     for step in range(sampler.start_step, sampler.steps_per_epoch):
-        real = lengths[sampler.global_batch_of(step)]
-        targets = (real - 1).sum() / (accumulation * dp_size)
-        yield [{**next(batches), "num_items_in_batch": targets} for _ in range(accumulation)], int(real.sum())
+        samples = sampler.global_batch_of(step)
+        targets = targets_of[samples].sum() / (accumulation * dp_size)
+        tokens = int(lengths[samples].sum())
+        yield [{**next(batches), "num_items_in_batch": targets} for _ in range(accumulation)], tokens
 
 
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that `create_dataloader` takes."""
-    names = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
-             "trust_remote_code", "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps",
-             "dp_size", "seed", "debug_steps", "eval_samples")  # fmt: skip
+    names = (*SOURCE, "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps", "dp_size", "seed",
+             "debug_steps", "eval_samples")  # fmt: skip
     return {name: config[name] for name in names}

@@ -1,4 +1,4 @@
-"""A local file → the values of its text column, as they are written.
+"""A local file → its rows: the text of one column, or whole chats, as they are written.
 
 No value is taken for a number, a date or a missing one. A row is held as a whole, and so is a `.json` file that is one
 array; all other files are read a few rows at a time.
@@ -7,6 +7,7 @@ array; all other files are read a few rows at a time.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -22,14 +23,20 @@ import pyarrow
 import pyarrow.parquet
 
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.chats import to_json
 from tp2d_helpers.data.files import format_of, is_lfs_pointer
 
+PEEK = 20  # rows that a format is recognised by
 OPEN: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
     ".zst": lambda path, mode: pyarrow.input_stream(path, compression="zstd"),
 }
+# The columns of a file that are wanted; () are all there are.
+Columns = tuple[str, ...]
+# A row's number in its file, of a `.jsonl` file the line, and its values by column.
+Row = tuple[int, dict[str, Any]]
 
 
 def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[Any]]) -> Iterator[dict[str, str | None]]:
@@ -43,26 +50,59 @@ def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[An
         ConfigError: with the file, for one that can't be read, lacks the column or holds something other than text.
     """
     for path in map(Path, files):
-        number = 0
-        try:
-            if is_lfs_pointer(path):
-                raise ValueError("a Git LFS pointer and not the file itself: run `git lfs pull`")
-            for number, value in enumerate(READERS[format_of(path)](path, text_column, how), 1):
-                if value is not None and not isinstance(value, str):
-                    kind = type(value).__name__
-                    raise ConfigError(
-                        f"text_column = {text_column!r}: it must hold text, and in row {number} of {path} it is {kind}"
-                    )
-                yield {text_column: value}
-        except ConfigError:
-            raise
-        except Exception as error:  # of half a dozen libraries
-            raise ConfigError(f"dataset_name: {path} can't be loaded, after {number} rows ({reason(error)})") from error
+        for number, (_, row) in enumerate(_read(path, (text_column,), how), 1):
+            value = row.get(text_column)
+            if value is not None and not isinstance(value, str):
+                kind = type(value).__name__
+                raise ConfigError(
+                    f"text_column = {text_column!r}: it must hold text, and in row {number} of {path} it is {kind}"
+                )
+            yield {text_column: value}
 
 
-def no_column(text_column: str, where: str, names: list[str]) -> ConfigError:
-    """The error of a file or data set without the text column."""
-    return ConfigError(f"text_column = {text_column!r}: {where} has no such column; it has {names}")
+def read_chats(files: list[str], columns: Columns, form: str, stamps: list[list[Any]]) -> Iterator[dict[str, str]]:
+    """The chats of files, one file after the other, each {form: its JSON, "where": its file and line}.
+
+    Args:
+        columns: those of the format `form` (`chats.FORMATS`).
+        stamps: as for `read_rows`.
+
+    Raises:
+        ConfigError: as `read_rows`, and with the line for a row that is no chat.
+    """
+    for path in map(Path, files):
+        word = "line" if format_of(path) == ".jsonl" else "row"
+        for number, row in _read(path, columns, "document"):
+            yield to_json(row, form, f"{word} {number} of {path}")
+
+
+def peek(path: Path) -> list[dict[str, Any]]:
+    """The first rows of a file, all columns; none of a text file. What can't be read is left to those who read it."""
+    rows: list[dict[str, Any]] = []
+    if format_of(path) != ".txt":
+        with contextlib.suppress(Exception):  # `_read` says it, with the row
+            rows.extend(row for _, row in itertools.islice(READERS[format_of(path)](path, (), ""), PEEK))
+    return rows
+
+
+def _read(path: Path, columns: Columns, how: str) -> Iterator[Row]:
+    number = 0
+    try:
+        if is_lfs_pointer(path):
+            raise ValueError("a Git LFS pointer and not the file itself: run `git lfs pull`")
+        for row in READERS[format_of(path)](path, columns, how):
+            yield row
+            number += 1
+    except ConfigError:
+        raise
+    except Exception as error:  # of half a dozen libraries
+        raise ConfigError(f"dataset_name: {path} can't be loaded, after {number} rows ({reason(error)})") from error
+
+
+def no_column(columns: Columns, where: str, names: list[str]) -> ConfigError:
+    """The error of a file or data set without the column of its text, or those of its chats."""
+    wanted = f"text_column = {columns[0]!r}" if len(columns) == 1 else f"columns {' and '.join(columns)}"
+    return ConfigError(f"{wanted}: {where} has no such column; it has {names}")
 
 
 def _open(path: Path) -> TextIO:
@@ -70,22 +110,31 @@ def _open(path: Path) -> TextIO:
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")  # line ends as they are
 
 
-def _read_text(path: Path, text_column: str, how: str) -> Iterator[str]:
+def _read_text(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     with _open(path) as lines:
         if how == "document":
-            yield lines.read()
+            yield 1, {columns[0]: lines.read()}
             return
-        for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
-            if not blank:
-                yield "".join(block).rstrip("\r\n")
+        blocks = itertools.groupby(lines, key=lambda line: not line.strip())
+        for number, block in enumerate((block for blank, block in blocks if not blank), 1):
+            yield number, {columns[0]: "".join(block).rstrip("\r\n")}
 
 
-def _read_json_lines(path: Path, text_column: str, how: str) -> Iterator[Any]:
+def _json_lines(lines: Iterator[str], first: int = 1) -> Iterator[Row]:
+    for number, line in enumerate(lines, first):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise json.JSONDecodeError(f"line {number} of the file: {error.msg}", error.doc, error.pos) from None
+
+
+def _read_json_lines(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     with _open(path) as lines:
-        yield from _column((json.loads(line) for line in lines if line.strip()), text_column, path)
+        yield from _with_columns(_json_lines(lines), columns, path)
 
 
-def _read_json(path: Path, text_column: str, how: str) -> Iterator[Any]:
+def _read_json(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     """An object per line, or one array of objects or strings, which is read as a whole."""
     with _open(path) as lines:
         first = next((line for line in lines if line.strip()), "")
@@ -94,61 +143,61 @@ def _read_json(path: Path, text_column: str, how: str) -> Iterator[Any]:
         except ValueError:
             by_line = False
         if by_line:
-            rows = itertools.chain([first], (line for line in lines if line.strip()))
-            yield from _column(map(json.loads, rows), text_column, path)
+            yield from _with_columns(_json_lines(itertools.chain([first], lines)), columns, path)
         elif first:
             whole = json.loads(first + lines.read())
             whole = whole if isinstance(whole, list) else [whole]
-            rows = ({text_column: row} if isinstance(row, str) else row for row in whole)
-            yield from _column(rows, text_column, path)
+            rows = ({(columns or ("text",))[0]: row} if isinstance(row, str) else row for row in whole)
+            yield from _with_columns(enumerate(rows, 1), columns, path)
 
 
-def _read_csv(path: Path, text_column: str, how: str) -> Iterator[str | None]:
+def _read_csv(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with _open(path) as lines:
         rows = csv.reader(lines, delimiter="\t" if format_of(path) == ".tsv" else ",", strict=True)
         names = next(rows, [])
-        if names and text_column not in names:
-            raise no_column(text_column, str(path), names)
-        for row in rows:
+        if names and not set(columns) <= set(names):
+            raise no_column(columns, str(path), names)
+        for number, row in enumerate(rows, 1):
             if len(row) > len(names):
                 raise ValueError(f"{len(row)} fields in line {rows.line_num}, where the header has {len(names)}")
             if row:  # no empty line
-                yield dict(zip(names, row, strict=False)).get(text_column)
+                yield number, dict(zip(names, row, strict=False))
 
 
-def _read_parquet(path: Path, text_column: str, how: str) -> Iterator[Any]:
+def _read_parquet(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     with pyarrow.parquet.ParquetFile(path) as table:
-        if text_column not in table.schema_arrow.names:
-            raise no_column(text_column, str(path), table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=16, columns=[text_column]):
-            yield from batch.column(0).to_pylist()
+        if not set(columns) <= set(table.schema_arrow.names):
+            raise no_column(columns, str(path), table.schema_arrow.names)
+        batches = table.iter_batches(batch_size=16, columns=list(columns) or None)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def _read_arrow(path: Path, text_column: str, how: str) -> Iterator[Any]:
+def _read_arrow(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     """As `Dataset.save_to_disk` writes it."""
     with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
-        if text_column not in batches.schema.names:
-            raise no_column(text_column, str(path), batches.schema.names)
-        for batch in batches:
-            yield from (value.as_py() for value in batch.column(text_column))
+        names = batches.schema.names
+        if not set(columns) <= set(names):
+            raise no_column(columns, str(path), names)
+        slices = (batch.select(list(columns or names)).slice(i, 1) for batch in batches for i in range(batch.num_rows))
+        yield from enumerate((row for one in slices for row in one.to_pylist()), 1)
 
 
-def _column(rows: Iterator[Any], text_column: str, path: Path) -> Iterator[Any]:
-    """The values of a column; None in rows without it. Raises `ConfigError` if no row has it."""
+def _with_columns(rows: Iterator[Row], columns: Columns, path: Path) -> Iterator[Row]:
+    """The rows as they are. Raises `ConfigError` if none of them has a value in each of the columns."""
     found, names = False, {}
-    for row in rows:
+    for number, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"a row must be an object with a field for each column, and one is {type(row).__name__}")
         if not found:
             names.update(row)
-            found = text_column in row
-        yield row.get(text_column)
+            found = set(columns) <= set(names)
+        yield number, row
     if names and not found:
-        raise no_column(text_column, str(path), list(names))
+        raise no_column(columns, str(path), list(names))
 
 
-READERS: dict[str, Callable[[Path, str, str], Iterator[Any]]] = {
+READERS: dict[str, Callable[[Path, Columns, str], Iterator[Row]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -1,4 +1,4 @@
-"""A dataset → rows of text: the demo, local files, or the hub."""
+"""A dataset → rows of text or chats: the demo, local files, or the hub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import datasets
 
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.chats import FORMATS, chat_format, to_json
 from tp2d_helpers.data.files import local_files, stamp
-from tp2d_helpers.data.readers import no_column, read_rows
+from tp2d_helpers.data.readers import PEEK, no_column, peek, read_chats, read_rows
 from tp2d_helpers.demo import demo_documents
 
 DEFAULT_CONFIGS = {"wikitext": "wikitext-2-raw-v1", "Salesforce/wikitext": "wikitext-2-raw-v1"}
@@ -21,7 +22,10 @@ def load_text(
     text_column: str = "text",
     text_files: str = "document",
 ) -> datasets.Dataset:
-    """Load the train split: "demo", a local file or folder, or a hub id. It has a column `text_column` of text.
+    """Load the train split: "demo", a local file or folder, or a hub id.
+
+    It has a column `text_column` of text; or, if it is recognised as chats (see `chats`), a column of the format's name
+    with each chat in JSON, and one that says where it stands.
 
     Args:
         text_files: "document" makes a .txt file one row, "paragraph" one row for each of its blocks between blank
@@ -35,22 +39,47 @@ def load_text(
         if dataset_name == "demo":
             text = datasets.Dataset.from_dict({"text": demo_documents()})
         elif files := local_files(dataset_name, dataset_config):
-            text = _load_files(files.used, text_column, text_files)
+            text = _load_files(files.used, text_column, text_files, chat_format(peek(files.used[0]), text_column))
         else:
-            text = _load_from_hub(dataset_name, dataset_config, text_files)
+            text = _chats(_load_from_hub(dataset_name, dataset_config, text_files), text_column)
     except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
         known = next((e for e in (error, error.__cause__) if isinstance(e, ConfigError)), None)
         raise known or ConfigError(
             f"dataset_name = {dataset_name!r}: can't be loaded ({reason(error)}). "
             'Without a way to the hub, take "demo" or the path of a local file or folder.'
         ) from error
+    if is_chats(text):
+        return _share(text, dataset_percentage)
     if text_column not in text.column_names:
-        raise no_column(text_column, repr(dataset_name), text.column_names)
+        raise no_column((text_column,), repr(dataset_name), text.column_names)
     kind = getattr(text.features[text_column], "dtype", type(text.features[text_column]).__name__)
     if "string" not in kind and kind != "null":
         raise ConfigError(f"text_column = {text_column!r}: it must hold text, and in {dataset_name!r} it is {kind}")
+    return _share(text, dataset_percentage)
+
+
+def is_chats(rows: datasets.Dataset) -> bool:
+    """Whether what `load_text` gave are chats."""
+    return rows.column_names in [[form, "where"] for form in FORMATS]
+
+
+def _share(rows: datasets.Dataset, percentage: float) -> datasets.Dataset:
     # Not by a split such as "train[:10%]": `datasets` takes whole percents only.
-    return text.select(range(round(len(text) * dataset_percentage / 100)))
+    return rows.select(range(round(len(rows) * percentage / 100)))
+
+
+def _features(form: str) -> datasets.Features:
+    return datasets.Features({form: datasets.Value("large_string"), "where": datasets.Value("string")})
+
+
+def _chats(rows: datasets.Dataset, text_column: str) -> datasets.Dataset:
+    """A dataset of the hub as it is, or as chats."""
+    if not (form := chat_format(rows.select(range(min(PEEK, len(rows)))).to_list(), text_column)):
+        return rows
+    return rows.map(
+        lambda row, i: to_json(row, form, f"row {i + 1}"),
+        with_indices=True, remove_columns=rows.column_names, features=_features(form), writer_batch_size=16,
+    )  # fmt: skip
 
 
 def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> datasets.Dataset:
@@ -60,17 +89,16 @@ def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> d
     return datasets.load_dataset(dataset_name, name, split="train", **by_row)
 
 
-def _load_files(files: list[Path], text_column: str, text_files: str) -> datasets.Dataset:
+def _load_files(files: list[Path], text_column: str, text_files: str, form: str | None) -> datasets.Dataset:
     """The rows of local files, copied once into the cache of `datasets`, from where they are memory-mapped."""
     features = datasets.Features({text_column: datasets.Value("large_string")})
-    stamps = stamp(*files)  # a part of the cache's key
+    shared = dict(files=[str(file) for file in files], stamps=stamp(*files))  # the stamps are a part of the cache's key
     try:
         return datasets.Dataset.from_generator(
-            read_rows,
-            features=features,
-            gen_kwargs=dict(
-                files=[str(file) for file in files], text_column=text_column, how=text_files, stamps=stamps
-            ),
+            read_chats if form else read_rows,
+            features=_features(form) if form else features,
+            gen_kwargs=shared
+            | (dict(columns=FORMATS[form], form=form) if form else dict(text_column=text_column, how=text_files)),
             writer_batch_size=16,  # rows that are held in memory, whatever their size
         )
     except ValueError as error:

@@ -6,31 +6,42 @@ import hashlib
 import itertools
 import json
 import platform
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
-import numpy as np
 import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from tp2d_helpers.cache import build_once, cache_dir, clear_cache
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.chat_tokens import read_segments, tokenize_chats
 from tp2d_helpers.data.files import stamp
-from tp2d_helpers.data.text import load_text
+from tp2d_helpers.data.folder import TokenWriter
+from tp2d_helpers.data.text import is_chats, load_text
 
 LAYOUT = 3  # of the folder that `prepare_tokens` makes; another one is not taken for it
 CHARACTERS = 500_000  # that the tokenizer is given at once; it needs about 500 bytes for each
 CONTEXT = 200  # characters on both sides of a part of a document, so that it is tokenized as in the whole
 
 
-def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+# The settings of a run that `prepare_tokens` takes.
+SOURCE = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
+          "trust_remote_code", "chat_template", "loss_on")  # fmt: skip
+
+
+def load_tokenizer(
+    model_name: str, trust_remote_code: bool = False, chat_template: str = ""
+) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a model and see to it that it can end a document and pad a line.
 
+    Args:
+        chat_template: a .jinja file with a chat template to take in place of the tokenizer's own.
+
     Raises:
-        ConfigError: if there is none, or it has neither a pad nor an end-of-text token.
+        ConfigError: if there is none, it has neither a pad nor an end-of-text token, or the template can't be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
@@ -44,6 +55,11 @@ def load_tokenizer(model_name: str, trust_remote_code: bool = False) -> transfor
             f"model_name = {model_name!r}: its tokenizer has neither an end-of-text nor a pad token; "
             "set one in its tokenizer_config.json (eos_token)"
         )
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template = {chat_template!r}: must be a .jinja file ({reason(error)})") from error
     return tokenizer
 
 
@@ -56,24 +72,36 @@ def prepare_tokens(
     trust_remote_code: bool = False,
     progress: bool = True,
     text_files: str = "document",
+    chat_template: str = "",
+    loss_on: str = "assistant",
 ) -> Path:
-    """Tokenise a dataset into the cache, once per node, and return the folder, which `tokenize` describes.
+    """Tokenise a dataset into the cache, once per node, and return the folder, which `folder` describes.
 
     Before a new one is made, the cache is rid of what nobody will use again (`clear_cache`).
+
+    Args:
+        chat_template, loss_on: for chats; see `load_tokenizer` and `tokenize_chats`.
 
     Raises:
         ConfigError: for a dataset that can't be loaded, lacks the column, or has no text in it.
     """
     versions = [LAYOUT, transformers.__version__, platform.python_version()]  # the demo's text comes with Python
     request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, text_files, *versions]
-    stamps = [stamp(Path(name).expanduser()) for name in (model_name, dataset_name)]
+    files = [model_name, dataset_name]
+    if (chat_template, loss_on) != ("", "assistant"):
+        request, files = [*request, chat_template, loss_on], [*files, chat_template]
+    stamps = [stamp(Path(name).expanduser()) for name in files if name]
     key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
         """Load and tokenise; called if the cache hasn't got the folder."""
         clear_cache()
         text = load_text(dataset_name, dataset_config, dataset_percentage, text_column, text_files)
-        tokenize(text.select_columns([text_column]), load_tokenizer(model_name, trust_remote_code), folder, progress)
+        tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
+        if is_chats(text):
+            tokenize_chats(text, tokenizer, folder, loss_on, progress)
+        else:
+            tokenize(text.select_columns([text_column]), tokenizer, folder, progress)
 
     return build_once(cache_dir() / f"tokens-{key}", build)
 
@@ -83,42 +111,30 @@ def tokenize(
 ) -> None:
     """Write the tokens of a one-column dataset into `folder`. Memory depends on its longest row, not on its size.
 
-    - `tokens.bin`: uint32, all documents end to end, each closed by the end-of-text token. Rows without text are none.
-    - `offsets.npy`: int64 [documents + 1], where each begins.
-    - `first.npy`: int64 [documents], the first document with the same text: its own number, if it repeats none.
-    - `meta.json`: the numbers of rows, documents and tokens, the pad token, the highest token, a hash of all of them.
+    Each document is closed by the end-of-text token. Rows without text are none.
 
     Raises:
         ConfigError: if no document has any text.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-    offsets, digests, highest, whole = array("q", [0]), array("Q"), end, hashlib.sha256()
     bar = tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1)
-    with bar, open(folder / "tokens.bin", "wb") as file:
+    with bar, TokenWriter(folder, highest=end) as writer:
         for documents in _batches(text, bar):
-            digests.extend(_digest(document) for document in documents)
-            for parts in _encode(documents, tokenizer):
-                length = 0
-                for ids in itertools.chain(parts, [[end]]):
-                    tokens = np.asarray(ids, dtype=np.uint32)
-                    file.write(tokens.tobytes())
-                    whole.update(tokens)
-                    length, highest = length + len(tokens), max(highest, int(tokens.max(initial=0)))
-                offsets.append(offsets[-1] + length)
-    if not digests:
-        raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
-    np.save(folder / "offsets.npy", np.asarray(offsets))
-    whole.update(np.asarray(offsets))
-    _, firsts, which = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
-    np.save(folder / "first.npy", firsts[which])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    counts = {"rows": len(text), "documents": len(digests), "tokens": offsets[-1]}
-    meta = {**counts, "pad": pad, "highest": highest, "sha256": whole.hexdigest()}
-    (folder / "meta.json").write_text(json.dumps(meta))
+            for document, parts in zip(documents, _encode(documents, tokenizer), strict=True):
+                writer.add(document, itertools.chain(parts, [[end]]))
+        if not writer.digests:
+            raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
+        writer.finish(len(text), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
 
 
-def _digest(document: str) -> int:
-    return int.from_bytes(hashlib.blake2b(document.strip().encode(errors="replace"), digest_size=8).digest(), "big")
+def example_segments(settings: dict[str, Any], number: int = 0) -> list[tuple[str, bool]]:
+    """Example `number` of a run's data, decoded: (text, whether it has loss), in order.
+
+    Args:
+        settings: as `Config.model_dump()` gives them.
+    """
+    folder = prepare_tokens(**{name: settings[name] for name in SOURCE})
+    return read_segments(folder, load_tokenizer(settings["model_name"], settings["trust_remote_code"]), number)
 
 
 def _batches(text: datasets.Dataset, bar: tqdm) -> Iterator[list[str]]:

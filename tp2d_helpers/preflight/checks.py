@@ -17,7 +17,7 @@ from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.files import local_files
-from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokens import SOURCE, load_tokenizer, prepare_tokens
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
@@ -128,10 +128,8 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
         ConfigError: if it can't be read, is smaller than one global batch, has tokens that the model doesn't know, or
             has no documents to hold out.
     """
-    names = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
-             "trust_remote_code")  # fmt: skip
     removed = clear_cache()
-    folder = prepare_tokens(**{name: getattr(config, name) for name in names})
+    folder = prepare_tokens(**{name: getattr(config, name) for name in SOURCE})
     data, size = TokenDataset(folder, config.seq_length, config.packing, config.eval_samples), config.global_batch_size
     kind = "packed" if config.packing else "padded"
     if data.samples < size:
@@ -154,14 +152,37 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
     steps = min(steps, config.debug_steps or steps)
     files, empty = local_files(config.dataset_name, config.dataset_config), data.meta["rows"] - data.meta["documents"]
     found = [str(files)] if files else []
-    found += [f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else []
+    chats, loss = describe_chats(data)
+    found += chats or ([f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else [])
     found += [f"{len(data.tokens):,} tokens", f"{len(data):,} {kind} samples of {config.seq_length}"]
-    chosen = [f"{steps} steps per epoch, {size} samples each"]
+    chosen = [f"{steps} steps per epoch, {size} samples each", *loss]
     if config.eval_samples:
         chosen.append(f"{config.eval_samples} samples held out, of {data.held_out} documents")
     if removed:
         chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
     return steps, data.identity, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
+
+
+def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
+    """(what was found in chats, what becomes of them) for preflight's table; nothing of plain text."""
+    if data.mask is None:
+        return [], []
+    meta, kept, length = data.meta, data.meta["documents"], data.seq_length
+    found = [f"{meta['format']}: {kept:,} examples, {meta['turns']:,} turns",
+             f"{meta['with_loss'] / meta['tokens']:.1%} of the tokens with loss"]  # fmt: skip
+    if meta["rows"] > kept:
+        found.append(f"left out, without an answer: {meta['rows'] - kept:,} of {meta['rows']:,}")
+    if data.too_long:
+        found.append(f"longer than {length} tokens: {data.too_long:,}")
+    chosen = {
+        "assistant": "loss on the assistant's turns with their stop tokens",
+        "all": "loss on all tokens, of all turns",
+    }[meta["loss_on"]]
+    if data.too_long:
+        cut = "go on in the next sample" if data.packing else "are cut there"
+        left_out = f" ({data.left_out:,} left out, as no answer begins before)" if data.left_out else ""
+        chosen += f"; longer examples {cut}{left_out}"
+    return found, [chosen]
 
 
 def settled_precision(config: Config, resources: dict[str, float]) -> str:

@@ -128,6 +128,7 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
         raise ConfigError(f"model_name = {model!r}: no such folder")
     if Path(dataset).expanduser().exists():  # the workers have another working directory
         dataset = str(Path(dataset).expanduser().absolute())
+    template = config.chat_template and str(Path(config.chat_template).expanduser().absolute())
     storage, name = config.storage_path, config.experiment_name
     if storage == "auto":
         storage = str(SHARED_STORAGE / "tp_autotp" if SHARED_STORAGE.is_dir() else Path("outputs").absolute())
@@ -136,5 +137,6 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
     rate = config.learning_rate
     if rate == "auto":
         rate = RANDOM_RATE if has_random_weights(model) else PRETRAINED_RATE
-    settled = dict(model_name=model, dataset_name=dataset, storage_path=storage, experiment_name=name)
+    settled = dict(model_name=model, dataset_name=dataset, storage_path=storage, experiment_name=name,
+                   chat_template=template)  # fmt: skip
     return config.change(use_gpu=use_gpu, learning_rate=rate, **settled), why

@@ -1,0 +1,81 @@
+"""Training on chats is one and the same on every grid, and equals plain PyTorch; nothing but the answers is learnt."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grid import Run, assert_equal_runs
+from plain import plain_run
+from transformers import AutoModelForCausalLM
+
+from tp2d_helpers.data.dataloader import TokenDataset
+from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+
+GRID = dict(tp_size=2, dp_size=2)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A hundred chats of one to three answers, of any length, some longer than a sample."""
+    draw, rows = random.Random(0), []
+    words = ["the", "loop", "yields", "a", "list", "of", "names", "and", "ends", ";", "return", "None"]
+    for _ in range(100):
+        messages = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.3)
+        for _ in range(draw.randint(1, 3)):
+            for role, most in (("user", 12), ("assistant", 25)):
+                messages.append({"role": role, "content": " ".join(draw.choices(words, k=draw.randint(1, most)))})
+        rows.append({"messages": messages})
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(family: Callable[..., Path], speaker: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with room for ChatML's tokens."""
+    folder = tmp_path_factory.mktemp("model") / "chatml"
+    shutil.copytree(family("llama", vocab_size=2056), folder)
+    speaker("chatml", into=folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", [
+    dict(packing=True), dict(packing=False), dict(packing=True, gradient_accumulation_steps=2),
+    dict(packing=False, gradient_accumulation_steps=2), dict(packing=False, zero_stage=3),
+], ids=["packed", "padded", "packed, accumulated", "padded, accumulated", "padded, ZeRO 3"])  # fmt: skip
+def test_grids_are_equal(train: Callable[..., Run], model: Path, chats: str, settings: dict[str, Any]) -> None:
+    settings = {"dataset_name": chats, "eval_samples": 6, "num_epochs": 2, "debug_steps": 8, **settings}
+    reference = train(model, **{**settings, "zero_stage": 1, "gradient_accumulation_steps": 1})
+    run = train(model, **settings, **GRID)
+    assert_equal_runs(run, reference)
+    plain = plain_run(run.config)
+    assert_equal_runs(run, Run(plain.config, plain.records, plain.weights, {}, {}, {}))
+    evaluated = [[record["eval_loss"] for record in r.records if record["eval_loss"]] for r in (run, reference)]
+    assert len(evaluated[0]) == 2 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
+
+
+def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], model: Path, chats: str) -> None:
+    """By hand, from the tokens that the mask names, at a rate of (almost) nothing: the first batch and the held-out."""
+    settings = dict(dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12)
+    run = train(model, **settings, **GRID)
+    data = TokenDataset(prepare_tokens(str(model), chats), 64, packing=False, eval_samples=6)
+    untrained, (losses, count) = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), (0.0, 0)
+    end = load_tokenizer(str(model)).convert_tokens_to_ids("<|im_end|>")
+    stops = 0
+    for i in range(data.samples, len(data)):
+        begin, length = data.starts[i], data.lengths[i]
+        tokens = torch.from_numpy(data.tokens[begin : begin + length].astype("int64"))
+        with torch.no_grad():
+            logits = untrained(tokens[None]).logits[0].log_softmax(-1)
+        for place in range(1, length):
+            if data.mask[begin + place]:
+                losses, count = losses - logits[place - 1, tokens[place]].item(), count + 1
+                stops += int(tokens[place] == end)
+    assert stops and run.records[-1]["eval_loss"] == pytest.approx(losses / count, rel=1e-5)

@@ -1,0 +1,71 @@
+"""Preflight says what is in chats, what of it has loss, and what becomes of examples that are too long."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.preflight import plan
+from tp2d_helpers.preflight.checks import check_data
+
+CHATS = Path(__file__).parent.parent / "data" / "chats.jsonl"
+# Without control tokens, so that the demo's tokenizer can write it: "Q:" and "A:" lines.
+TEMPLATE = (
+    "{% for m in messages %}{{ ('A:' if m.role == 'assistant' else 'Q:') + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def run(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
+    """run(**settings): the config of a run on `CHATS` and a chat without an answer, in a cache of its own."""
+    monkeypatch.setenv("TP2D_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    shutil.copy(CHATS, tmp_path / "chats.jsonl")
+    with open(tmp_path / "chats.jsonl", "a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "Anyone?"}]}) + "\n")
+    settings = dict(model_name=str(tiny_model("llama")), dataset_name=str(tmp_path / "chats.jsonl"), use_gpu=False,
+                    tp_size=1, dp_size=1, seq_length=32, chat_template=str(tmp_path / "own.jinja"))  # fmt: skip
+    return lambda **more: make_config(**{**settings, **more})
+
+
+def checked(config: Config) -> tuple[str, str]:
+    _, _, found, chosen = check_data(config, ModelFacts.read(config.model_name))
+    return found.partition("files used 1 of 1, ")[2], chosen
+
+
+def test_what_is_said(run: Callable[..., Config]) -> None:
+    found, chosen = checked(run(packing=False))
+    assert found.startswith("messages: 6 examples, 21 turns, ") and "of the tokens with loss" in found
+    assert "left out, without an answer: 1 of 7, longer than 32 tokens: 3, " in found
+    assert found.endswith("6 padded samples of 32")
+    assert chosen == (
+        "6 steps per epoch, 1 samples each; loss on the assistant's turns with their stop tokens; "
+        "longer examples are cut there"
+    )
+    _, chosen = checked(run(packing=False, seq_length=13))
+    assert chosen.endswith("longer examples are cut there (3 left out, as no answer begins before)")
+    _, chosen = checked(run(packing=True))
+    assert chosen.endswith("longer examples go on in the next sample")
+    found, chosen = checked(run(packing=False, loss_on="all", seq_length=256))
+    assert "100.0% of the tokens with loss" in found and chosen.endswith("; loss on all tokens, of all turns")
+    assert "longer" not in found and "7 examples" in found  # a question, too, has something to learn
+
+
+def test_without_a_template(run: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"its tokenizer has no chat template.*\(messages\) need. Set chat_template"):
+        checked(run(chat_template=""))
+
+
+def test_the_template_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers have another working directory."""
+    monkeypatch.chdir(tmp_path)
+    config, _ = plan.settle(make_config(chat_template="own.jinja", model_name="a", dataset_name="b"), {"CPU": 4.0})
+    assert config.chat_template == str(tmp_path / "own.jinja")
+    assert plan.settle(make_config(model_name="a", dataset_name="b"), {"CPU": 4.0})[0].chat_template == ""
