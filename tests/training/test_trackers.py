@@ -143,15 +143,16 @@ def test_one_that_fails_ends_nothing_but_itself(
     assert [step for step, *_ in events(config)["loss"]] == [1, 2, 3, 4]
 
 
-def test_one_that_hangs_is_left_behind(
+def test_one_that_hangs_holds_nobody_up(
     run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "wandb", (Slow, "json", "json"))
-    monkeypatch.setattr(trackers, "PATIENCE", 0.3)
-    began = time.monotonic()
-    feed(run("wandb"), steps(1))
-    assert time.monotonic() - began < 3
-    assert "trackers = 'wandb': not done after 0.3 s" in capsys.readouterr().out
+    monkeypatch.setattr(trackers, "PATIENCE", 2)
+    began, config = time.monotonic(), run("wandb,tensorboard")
+    feed(config, steps(1))
+    assert time.monotonic() - began < 10
+    assert capsys.readouterr().out.startswith("wandb: not done 2 s after the run")
+    assert [step for step, *_ in events(config)["loss"]] == [1]
 
 
 # What is asked for, and isn't there.

@@ -1,12 +1,11 @@
 """The curves of a run where people look at curves: TensorBoard, Weights & Biases, MLflow.
 
-The driver reads `metrics.jsonl` and hands new records on. A thread of its own feeds the trackers, so neither training
+The driver reads `metrics.jsonl` and hands new records on. Threads of their own feed the trackers, so neither training
 nor the printed progress waits for one, and one that fails ends nothing but itself. No step is shown twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import os
@@ -143,39 +142,43 @@ TRACKERS: dict[str, tuple[Any, str, str]] = {
 
 
 class Trackers:
-    """Feeds the trackers of a config within a `with`; `add` what was read of `metrics.jsonl`, from its beginning on."""
+    """Feeds the trackers of a config within a `with`, each in a thread of its own."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.waiting = config, queue.SimpleQueue()
-        self.add = self.waiting.put  # a list of records; returns at once
-        self.failed = False
-        self.thread = threading.Thread(target=self._feed, daemon=True)
+        self.config, self.failed = config, False
+        self.waiting = {name: queue.SimpleQueue() for name in tracker_names(config)}
+        self.threads = {name: threading.Thread(target=self._feed, args=(name,), daemon=True) for name in self.waiting}
+
+    def add(self, records: list[dict[str, Any]] | None) -> None:
+        """Hand on what was read of `metrics.jsonl`, from its beginning on, and return at once. None ends it."""
+        for name, waiting in self.waiting.items():
+            if self.threads[name].is_alive():  # it has not failed
+                waiting.put(records)
 
     def __enter__(self) -> Trackers:
-        self.thread.start()
+        for thread in self.threads.values():
+            thread.start()
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        self.failed = kind is not None
+        self.failed, end = kind is not None, time.monotonic() + PATIENCE
         self.add(None)
-        self.thread.join(PATIENCE)
-        if self.thread.is_alive():
-            print(f"trackers = {self.config.trackers!r}: not done after {PATIENCE} s; left behind", flush=True)
+        for name, thread in self.threads.items():
+            thread.join(max(end - time.monotonic(), 0))
+            if thread.is_alive():
+                print(f"{name}: not done {PATIENCE} s after the run; what it lacks is in metrics.jsonl", flush=True)
 
-    def _feed(self) -> None:
-        fed: dict[str, Any] = dict.fromkeys(tracker_names(self.config))
-        while (records := self.waiting.get()) is not None:
-            for name in list(fed) if records else []:
-                try:
-                    fed[name] = fed[name] or TRACKERS[name][0](self.config)
-                    fed[name].add(records)
-                except Exception as error:
-                    print(f"{name}: {reason(error)}; the run goes on without it", flush=True)
-                    del fed[name]
-        for tracker in fed.values():
-            with contextlib.suppress(Exception):
-                if tracker:
-                    tracker.close(failed=self.failed)
+    def _feed(self, name: str) -> None:
+        tracker = None
+        try:
+            while (records := self.waiting[name].get()) is not None:
+                if records:
+                    tracker = tracker or TRACKERS[name][0](self.config)
+                    tracker.add(records)
+            if tracker:
+                tracker.close(failed=self.failed)
+        except Exception as error:
+            print(f"{name}: {reason(error)}; the run goes on without it", flush=True)
 
 
 def tracker_names(config: Config) -> list[str]:
