@@ -65,8 +65,8 @@ def show_table(header: Sequence[str], rows: Iterable[Sequence[Any]], digits: int
 
 
 def _cell(value: Any, digits: int) -> str:
-    if isinstance(value, float):
-        return f"{value:,.{digits}f}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
     return "" if value is None else str(value).replace("|", "\\|")
 
 
