@@ -10,7 +10,6 @@ __getattr__ = lazy(
         "state_bytes": "traffic",
         "Setting": "memory",
         "memory_per_gpu": "memory",
-        "scaling_curve": "step_time",
         "fastest": "candidates",
         "explain_out_of_memory": "out_of_memory",
     },

@@ -8,11 +8,9 @@ links, and never faster than the host launches kernels. `MEASURED` has every num
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from tp2d_helpers.model.facts import ModelFacts, Shard
+from tp2d_helpers.model.facts import Shard
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import BLOCKS, all_reduces, zero_bytes
 from tp2d_helpers.speed.devices import Device
@@ -174,42 +172,3 @@ def _rate(ranks: int, device: Device, network: Network) -> float:
     if ranks <= network.gpus_per_node:
         return device.link_bandwidth * MEASURED["links"]
     return network.bandwidth * MEASURED["network"]
-
-
-def scaling_curve(
-    model: ModelFacts,
-    setting: Setting,
-    device: Device,
-    gpus: Iterable[int] = tuple(2**i for i in range(11)),
-    network: Network | None = None,
-    global_batch: int | None = None,
-) -> list[dict[str, Any]]:
-    """Expected speed from one GPU to 1,024: TP within a node, DP over all of them.
-
-    Args:
-        setting: of each replica; its dp_size is replaced, and its tp_size cut to the number of GPUs.
-        gpus: how many; a number that tp_size doesn't divide is left out.
-        global_batch: samples per step, to divide among the replicas as accumulation ("strong" scaling); None: each
-            replica keeps its share ("weak" scaling). A number of replicas that doesn't divide it is left out.
-
-    Returns:
-        rows with `gpus`, `tp_size`, `dp_size`, `step_seconds`, `tokens_per_second_per_gpu`, `mfu`.
-    """
-    rows, shards = [], {}
-    flops = model.flops_per_token(setting.seq_length)
-    for count in gpus:
-        tp = min(setting.tp_size, count)
-        dp, accumulation = count // tp, setting.gradient_accumulation_steps
-        if global_batch:
-            accumulation = global_batch // (dp * setting.batch_size_per_gpu)
-        if count % tp or (global_batch and accumulation * dp * setting.batch_size_per_gpu != global_batch):
-            continue
-        here = replace(setting, tp_size=tp, dp_size=dp, gradient_accumulation_steps=accumulation)
-        shards[tp] = shards.get(tp) or model.shard(tp)
-        seconds = step_time(shards[tp], here, device, network).total
-        rate = here.global_tokens / seconds / count
-        rows.append(
-            dict(gpus=count, tp_size=tp, dp_size=dp, step_seconds=seconds, tokens_per_second_per_gpu=rate,
-                 mfu=rate * flops / device.peak)
-        )  # fmt: skip
-    return rows
