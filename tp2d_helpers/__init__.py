@@ -2,13 +2,16 @@
 
 A folder per section of the notebook. Each stands only on those named after it (checked by import-linter):
 
+    launch       from a plan to a finished run: Ray Train, progress, errors in words
     preflight    can this cluster run these settings?
-    planning     bytes held, bytes sent and seconds, predicted from the settings; `display`: what the reader sees
-    training     metrics, the watchdog, nodes that go and come
+    train        the loop that every worker runs
+    planning     bytes held, bytes sent and seconds, predicted from the settings
+    training     metrics, schedules, trackers, the watchdog, nodes that go and come
     checkpoint   the run's folder: save, load, resize, export
     model        the grid of ranks, the sharding plan, the engine
     speed        what makes a step faster without changing its result
-    data         text → tokens → the batches of one DP rank; evaluation
+    data         text and chats → tokens → the batches of one DP rank; evaluation
+    display      what the reader sees; `lesson`: ranks for its experiments
     config, cache, demo, startup, heartbeat
 
 The names in `PUBLIC` can be imported from here. Nothing is loaded before it is asked for.
