@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import nbformat
 import pytest
 import ray
 import transformers
-from grid import NOTEBOOK
+from grid import NOTEBOOK, Run
 
 import tp2d_helpers.checkpoint
 import tp2d_helpers.launch
@@ -158,3 +159,17 @@ def test_cells_pass_trust_on(model_with_code: Path, tmp_path: Path, run_cells: C
     found = run_cells(model_with_code, **settings, storage_path=str(tmp_path))
     assert found["config"].trust_remote_code
     assert set(found["trusted"]) == {True} and type(found["trained"]).__name__ == "Mine"
+
+
+def copy_train_func(names: dict[str, Any]) -> None:
+    """As the notebook tells a reader who wants to change the loop."""
+    own: dict[str, Any] = {}
+    exec("from tp2d_helpers.train import *", own)
+    exec(inspect.getsource(names["train_func"]), own)
+    own["setup_model_with_autotp"] = names["setup_model_with_autotp"]  # which the tests' grid listens to
+    names["train_func"] = own["train_func"]
+
+
+def test_a_copy_of_the_loop_trains_alike(train: Callable[..., Run]) -> None:
+    settings = dict(debug_steps=3, eval_samples=4)
+    assert train("llama", patch=copy_train_func, **settings).losses() == train("llama", **settings).losses()
