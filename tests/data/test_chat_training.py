@@ -15,7 +15,7 @@ from grid import Run, assert_equal_runs
 from plain import plain_run
 from transformers import AutoModelForCausalLM
 
-from tp2d_helpers.data.dataloader import TokenDataset
+from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 
 GRID = dict(tp_size=2, dp_size=2)
@@ -62,20 +62,26 @@ def test_grids_are_equal(train: Callable[..., Run], model: Path, chats: str, set
 
 
 def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], model: Path, chats: str) -> None:
-    """By hand, from the tokens that the mask names, at a rate of (almost) nothing: the first batch and the held-out."""
-    settings = dict(dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12)
-    run = train(model, **settings, **GRID)
+    """Of the first step and of what is held out, by hand: from the tokens that the mask names, stop tokens included."""
+    run = train(model, dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12, **GRID)
     data = TokenDataset(prepare_tokens(str(model), chats), 64, packing=False, eval_samples=6)
-    untrained, (losses, count) = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), (0.0, 0)
-    end = load_tokenizer(str(model)).convert_tokens_to_ids("<|im_end|>")
-    stops = 0
-    for i in range(data.samples, len(data)):
-        begin, length = data.starts[i], data.lengths[i]
-        tokens = torch.from_numpy(data.tokens[begin : begin + length].astype("int64"))
-        with torch.no_grad():
-            logits = untrained(tokens[None]).logits[0].log_softmax(-1)
-        for place in range(1, length):
-            if data.mask[begin + place]:
-                losses, count = losses - logits[place - 1, tokens[place]].item(), count + 1
-                stops += int(tokens[place] == end)
-    assert stops and run.records[-1]["eval_loss"] == pytest.approx(losses / count, rel=1e-5)
+    untrained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stop = load_tokenizer(str(model)).convert_tokens_to_ids("<|im_end|>")
+
+    def mean(samples: list[int]) -> float:
+        """Over all tokens with loss of the samples."""
+        losses, stops = [], 0
+        for i in samples:
+            places = slice(data.starts[i], data.starts[i] + data.lengths[i])
+            tokens, mask = torch.from_numpy(data.tokens[places].astype("int64")), data.mask[places]
+            with torch.no_grad():
+                chances = untrained(tokens[None]).logits[0].log_softmax(-1)
+            learnt = [place for place in range(1, len(tokens)) if mask[place]]
+            losses += [-chances[place - 1, tokens[place]].item() for place in learnt]
+            stops += sum(int(tokens[place] == stop) for place in learnt)
+        assert stops and len({len(losses), sum(data.lengths[samples]), len(samples)}) == 3
+        return sum(losses) / len(losses)
+
+    first = GlobalBatchSampler(data.samples, 4, 1, 0, 1, run.config["seed"]).global_batch_of(0).flatten().tolist()
+    assert run.records[0]["loss"] == pytest.approx(mean(first), rel=1e-5)
+    assert run.records[-1]["eval_loss"] == pytest.approx(mean([*range(data.samples, len(data))]), rel=1e-5)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.chats import from_json, to_json
 from tp2d_helpers.data.dataloader import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
 from tp2d_helpers.data.tokens import example_segments, load_tokenizer, prepare_tokens
@@ -169,6 +170,7 @@ def test_pairs(cache: Path, speaker: Callable, tmp_path: Path) -> None:
         tmp_path / "pairs.jsonl",
         {"prompt": "Name a loop.", "completion": "for"},
         {"prompt": turns("One", "Two", "Three"), "completion": turns("Four", first="assistant")},
+        {"prompt": turns("One", "Two"), "completion": turns("Three")},  # which is left out
     )
     for template in ("chatml", "chatml_marked"):
         tokenizer = speaker(template)
@@ -177,6 +179,15 @@ def test_pairs(cache: Path, speaker: Callable, tmp_path: Path) -> None:
             "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\nTwo<|im_end|>\n"
             "<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n⟦Four<|im_end|>⟧\n",
         ]
+
+
+def test_what_else_messages_have() -> None:
+    """Templates ask for it. What a table writes for "there is none" is left out."""
+    calls = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": [{"role": "user", "content": "f?", "name": None}, {"role": "assistant", "tool_calls": calls}]}
+    assert from_json(to_json(row, "messages", "row 1")["messages"]) == (
+        [{"role": "user", "content": "f?"}, {"role": "assistant", "content": "", "tool_calls": calls}], 0
+    )  # fmt: skip
 
 
 def test_a_dataset_of_the_hub(cache: Path, speaker: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
