@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data import chat_tokens
 from tp2d_helpers.data.chats import from_json, to_json
 from tp2d_helpers.data.dataloader import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
@@ -79,6 +80,25 @@ def test_every_token(cache: Path, speaker: Callable, tmp_path: Path, template: s
     folder = prepare_tokens(tokenizer, path)
     assert_tokens(tokenizer, folder, texts)
     assert marked(tokenizer, folder) == texts
+
+
+def test_many_chats_or_few_at_a_time(cache: Path, speaker: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens. The tokenizer is never given much more than `CHARACTERS` at once."""
+    given, limit, tokenizer = [], 300, load_tokenizer(speaker("chatml"))
+    call = type(tokenizer).__call__
+
+    def counting(self: Any, text: Any, **options: Any) -> Any:
+        given.append(sum(map(len, text)))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    whole = prepare_tokens(speaker("chatml"), str(CHATS))
+    assert len(given) == 1
+    monkeypatch.setattr(chat_tokens, "CHARACTERS", limit)
+    parts = prepare_tokens(speaker("chatml"), str(CHATS))
+    longest = max(len(re.sub("[⟦⟧]", "", text)) for text in expected.CHATML)
+    assert len(given) > 6 and max(given[1:]) <= limit + longest < given[0]
+    assert TokenDataset(whole, 16).identity == TokenDataset(parts, 16).identity
 
 
 def test_a_role_that_the_template_refuses(cache: Path, speaker: Callable) -> None:
