@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from grid import Run, assert_equal_runs
+from grid import Run, assert_equal_runs, run_grid
 from plain import plain_run
 from transformers import AutoModelForCausalLM
 
+from tp2d_helpers.checkpoint.resize import convert
+from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
+from tp2d_helpers.config import Config
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.training.metrics import keep_until, read_metrics
 
 GRID = dict(tp_size=2, dp_size=2)
 
@@ -85,3 +89,24 @@ def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], model: Path,
     first = GlobalBatchSampler(data.samples, 4, 1, 0, 1, run.config["seed"]).global_batch_of(0).flatten().tolist()
     assert run.records[0]["loss"] == pytest.approx(mean(first), rel=1e-5)
     assert run.records[-1]["eval_loss"] == pytest.approx(mean([*range(data.samples, len(data))]), rel=1e-5)
+
+
+def test_resumed_in_mid_epoch_on_another_grid(
+    train: Callable[..., Run], model: Path, chats: str, tmp_path: Path
+) -> None:
+    """From step 4 of an epoch of 6, where its run of 2 × 2 was cut off: as 1 × 2 with accumulation, the same steps."""
+    life = dict(dataset_name=chats, packing=False, eval_samples=6, debug_steps=6, checkpoint_interval=4)
+    whole = train(model, **life, **GRID)
+    config = Config(**whole.config)
+    shutil.copytree(config.run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))
+    shutil.rmtree(tmp_path / "copy" / "checkpoint_00000006")
+    keep_until(tmp_path / "copy" / "metrics.jsonl", 4)
+    config = config.change(storage_path=str(tmp_path), experiment_name="copy", tp_size=1, batch_size_per_gpu=1,
+                           gradient_accumulation_steps=2)  # fmt: skip
+    convert(newest_checkpoint(config.run_dir)[0])
+    run_grid(config.model_dump())
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    for name in ("step", "tokens", "loss", "eval_loss"):
+        then = [record[name] for record in whole.records if record[name] is not None]
+        assert [record[name] for record in records if record[name] is not None] == pytest.approx(then, rel=1e-5)
+    assert len(records) == 6
