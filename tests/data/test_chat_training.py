@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from grid import Run, assert_equal_runs
+from grid import Run, assert_equal_runs, run_grid
 from plain import plain_run
 from transformers import AutoModelForCausalLM
 
-from tp2d_helpers.data.dataloader import TokenDataset
+from tp2d_helpers.checkpoint.resize import convert
+from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
+from tp2d_helpers.config import Config
+from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.training.metrics import keep_until, read_metrics
 
 GRID = dict(tp_size=2, dp_size=2)
 
@@ -62,20 +66,47 @@ def test_grids_are_equal(train: Callable[..., Run], model: Path, chats: str, set
 
 
 def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], model: Path, chats: str) -> None:
-    """By hand, from the tokens that the mask names, at a rate of (almost) nothing: the first batch and the held-out."""
-    settings = dict(dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12)
-    run = train(model, **settings, **GRID)
+    """Of the first step and of what is held out, by hand: from the tokens that the mask names, stop tokens included."""
+    run = train(model, dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12, **GRID)
     data = TokenDataset(prepare_tokens(str(model), chats), 64, packing=False, eval_samples=6)
-    untrained, (losses, count) = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), (0.0, 0)
-    end = load_tokenizer(str(model)).convert_tokens_to_ids("<|im_end|>")
-    stops = 0
-    for i in range(data.samples, len(data)):
-        begin, length = data.starts[i], data.lengths[i]
-        tokens = torch.from_numpy(data.tokens[begin : begin + length].astype("int64"))
-        with torch.no_grad():
-            logits = untrained(tokens[None]).logits[0].log_softmax(-1)
-        for place in range(1, length):
-            if data.mask[begin + place]:
-                losses, count = losses - logits[place - 1, tokens[place]].item(), count + 1
-                stops += int(tokens[place] == end)
-    assert stops and run.records[-1]["eval_loss"] == pytest.approx(losses / count, rel=1e-5)
+    untrained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stop = load_tokenizer(str(model)).convert_tokens_to_ids("<|im_end|>")
+
+    def mean(samples: list[int]) -> float:
+        """Over all tokens with loss of the samples."""
+        losses, stops = [], 0
+        for i in samples:
+            places = slice(data.starts[i], data.starts[i] + data.lengths[i])
+            tokens, mask = torch.from_numpy(data.tokens[places].astype("int64")), data.mask[places]
+            with torch.no_grad():
+                chances = untrained(tokens[None]).logits[0].log_softmax(-1)
+            learnt = [place for place in range(1, len(tokens)) if mask[place]]
+            losses += [-chances[place - 1, tokens[place]].item() for place in learnt]
+            stops += sum(int(tokens[place] == stop) for place in learnt)
+        assert stops and len({len(losses), sum(data.lengths[samples]), len(samples)}) == 3
+        return sum(losses) / len(losses)
+
+    first = GlobalBatchSampler(data.samples, 4, 1, 0, 1, run.config["seed"]).global_batch_of(0).flatten().tolist()
+    assert run.records[0]["loss"] == pytest.approx(mean(first), rel=1e-5)
+    assert run.records[-1]["eval_loss"] == pytest.approx(mean([*range(data.samples, len(data))]), rel=1e-5)
+
+
+def test_resumed_in_mid_epoch_on_another_grid(
+    train: Callable[..., Run], model: Path, chats: str, tmp_path: Path
+) -> None:
+    """From step 4 of an epoch of 6, where its run of 2 × 2 was cut off: as 1 × 2 with accumulation, the same steps."""
+    life = dict(dataset_name=chats, packing=False, eval_samples=6, debug_steps=6, checkpoint_interval=4)
+    whole = train(model, **life, **GRID)
+    config = Config(**whole.config)
+    shutil.copytree(config.run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))
+    shutil.rmtree(tmp_path / "copy" / "checkpoint_00000006")
+    keep_until(tmp_path / "copy" / "metrics.jsonl", 4)
+    config = config.change(storage_path=str(tmp_path), experiment_name="copy", tp_size=1, batch_size_per_gpu=1,
+                           gradient_accumulation_steps=2)  # fmt: skip
+    convert(newest_checkpoint(config.run_dir)[0])
+    run_grid(config.model_dump())
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    for name in ("step", "tokens", "loss", "eval_loss"):
+        then = [record[name] for record in whole.records if record[name] is not None]
+        assert [record[name] for record in records if record[name] is not None] == pytest.approx(then, rel=1e-5)
+    assert len(records) == 6

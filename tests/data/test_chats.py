@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data import chat_tokens
+from tp2d_helpers.data.chats import from_json, to_json
 from tp2d_helpers.data.dataloader import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
 from tp2d_helpers.data.tokens import example_segments, load_tokenizer, prepare_tokens
@@ -78,6 +80,25 @@ def test_every_token(cache: Path, speaker: Callable, tmp_path: Path, template: s
     folder = prepare_tokens(tokenizer, path)
     assert_tokens(tokenizer, folder, texts)
     assert marked(tokenizer, folder) == texts
+
+
+def test_many_chats_or_few_at_a_time(cache: Path, speaker: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens. The tokenizer is never given much more than `CHARACTERS` at once."""
+    given, limit, tokenizer = [], 300, load_tokenizer(speaker("chatml"))
+    call = type(tokenizer).__call__
+
+    def counting(self: Any, text: Any, **options: Any) -> Any:
+        given.append(sum(map(len, text)))
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    whole = prepare_tokens(speaker("chatml"), str(CHATS))
+    assert len(given) == 1
+    monkeypatch.setattr(chat_tokens, "CHARACTERS", limit)
+    parts = prepare_tokens(speaker("chatml"), str(CHATS))
+    longest = max(len(re.sub("[⟦⟧]", "", text)) for text in expected.CHATML)
+    assert len(given) > 6 and max(given[1:]) <= limit + longest < given[0]
+    assert TokenDataset(whole, 16).identity == TokenDataset(parts, 16).identity
 
 
 def test_a_role_that_the_template_refuses(cache: Path, speaker: Callable) -> None:
@@ -169,6 +190,7 @@ def test_pairs(cache: Path, speaker: Callable, tmp_path: Path) -> None:
         tmp_path / "pairs.jsonl",
         {"prompt": "Name a loop.", "completion": "for"},
         {"prompt": turns("One", "Two", "Three"), "completion": turns("Four", first="assistant")},
+        {"prompt": turns("One", "Two"), "completion": turns("Three")},  # which is left out
     )
     for template in ("chatml", "chatml_marked"):
         tokenizer = speaker(template)
@@ -177,6 +199,15 @@ def test_pairs(cache: Path, speaker: Callable, tmp_path: Path) -> None:
             "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\nTwo<|im_end|>\n"
             "<|im_start|>user\nThree<|im_end|>\n<|im_start|>assistant\n⟦Four<|im_end|>⟧\n",
         ]
+
+
+def test_what_else_messages_have() -> None:
+    """Templates ask for it. What a table writes for "there is none" is left out."""
+    calls = [{"type": "function", "function": {"name": "f"}}]
+    row = {"messages": [{"role": "user", "content": "f?", "name": None}, {"role": "assistant", "tool_calls": calls}]}
+    assert from_json(to_json(row, "messages", "row 1")["messages"]) == (
+        [{"role": "user", "content": "f?"}, {"role": "assistant", "content": "", "tool_calls": calls}], 0
+    )  # fmt: skip
 
 
 def test_a_dataset_of_the_hub(cache: Path, speaker: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tp2d_helpers.data.folder import TokenWriter
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 WAYS_OUT = "set chat_template to a .jinja file that marks the assistant's turns by {% generation %}"
+CHARACTERS = 500_000  # that the tokenizer is given at once; it needs about 500 bytes for each
 
 
 def tokenize_chats(
@@ -43,17 +45,57 @@ def tokenize_chats(
     form = chats.column_names[0]
     renderer = Renderer(tokenizer, form, loss_on)
     turns = with_loss = 0
-    with TokenWriter(folder, masked=True) as writer:
-        for row in tqdm(chats, desc="Tokenising", unit=" chats", disable=not progress, mininterval=1):
-            messages, prompt = from_json(row[form])
-            text, tokens, mask = renderer(messages, prompt, row["where"])
-            if any(mask[1:]):  # nothing predicts the first token
-                writer.add(text, [tokens], mask)
-                turns, with_loss = turns + len(messages), with_loss + sum(mask)
+    bar = tqdm(chats, desc="Tokenising", unit=" chats", disable=not progress, mininterval=1)
+    with bar, TokenWriter(folder, masked=True) as writer:
+        for batch in _batches(renderer.render(*from_json(row[form]), row["where"]) for row in bar):
+            tokens = _encode([text for example in batch for text in example.texts], tokenizer)
+            for example in batch:
+                whole, *prefixes = [next(tokens) for _ in example.texts]
+                mask = renderer.mask(example, whole, prefixes)
+                if mask[1:].any():  # nothing predicts the first token
+                    writer.add(example.texts[0], [whole], mask)
+                    turns, with_loss = turns + len(example.messages), with_loss + int(mask.sum())
         if not writer.digests:
             raise ConfigError(f"dataset_name: none of the {len(chats)} examples ({form}) has an assistant's turn")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         writer.finish(len(chats), pad, format=form, loss_on=loss_on, turns=turns, with_loss=with_loss)
+
+
+@dataclass
+class Example:
+    """A chat and how it is rendered: as a whole, and up to where its answers begin and end."""
+
+    messages: list[dict[str, Any]]
+    where: str  # it stands
+    has_answers: bool  # that are to be learnt
+    texts: list[str]  # the whole, and beginnings of it
+    of: list[int] = field(default_factory=list)  # for each beginning, the number of the answer that it is for
+
+    def add(self, answer: int, beginning: str) -> None:
+        """A beginning, which ends where an answer begins or ends."""
+        self.texts.append(beginning)
+        self.of.append(answer)
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    """Examples of about `CHARACTERS` of text together, or one."""
+    batch, size = [], 0
+    for example in examples:
+        batch.append(example)
+        size += sum(map(len, example.texts))
+        if size > CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(texts: list[str], tokenizer: transformers.PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """The tokens of each text; by all cores, `CHARACTERS` at a time."""
+    bounds = np.cumsum([len(text) for text in texts]) // CHARACTERS
+    for _, group in groupby(zip(bounds, texts, strict=True), key=lambda pair: pair[0]):
+        ids = tokenizer([text for _, text in group], add_special_tokens=False, verbose=False)["input_ids"]
+        yield from (np.asarray(tokens, dtype=np.uint32) for tokens in ids)
 
 
 class Renderer:
@@ -71,60 +113,60 @@ class Renderer:
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
         self.control = {number for number, token in added if not token.content.isspace()}
 
-    def __call__(self, messages: list[dict[str, Any]], prompt: int, where: str) -> tuple[str, list[int], list[bool]]:
-        """(text, tokens, which of them have loss) of a chat whose messages from `prompt` on are to be learnt."""
-        whole = self._render(messages, where)
-        tokens = self._tokens(whole)
-        if self.loss_on == "all":
-            return whole, tokens, [True] * len(tokens)
+    def render(self, messages: list[dict[str, Any]], prompt: int, where: str) -> Example:
+        """A chat whose messages from `prompt` on are to be learnt. Raises `ConfigError` if the template refuses it."""
         answers = [i for i, message in enumerate(messages) if i >= prompt and message["role"] == "assistant"]
-        spans = self._marked if self.marks else self._grown
-        mask = [False] * len(tokens)
-        for begin, end in spans(messages, answers, tokens, where) if answers else ():
-            end = self._stop(tokens, begin, end)
-            mask[begin:end] = [True] * (end - begin)
-        return whole, tokens, mask
+        example = Example(messages, where, bool(answers), [self._text(messages, where)])
+        if self.loss_on == "all" or not answers:
+            return example
+        if self.marks:  # of the prompt's answers, too: where does the first one begin that is to be learnt?
+            if any(message["role"] == "assistant" for message in messages[: answers[0]]):
+                example.add(answers[0], self._text(messages[: answers[0]], where))
+            return example
+        if 0 in answers:
+            raise ConfigError(f"dataset_name: {where}: the chat begins with an assistant's turn; {WAYS_OUT}")
+        for i in answers:
+            example.add(i, self._text(messages[:i], where, add_generation_prompt=True))
+            if messages[i + 1 :]:
+                example.add(i, self._text(messages[: i + 1], where))
+        return example
 
-    def _marked(
-        self, messages: list[dict[str, Any]], answers: list[int], tokens: list[int], where: str
-    ) -> Iterator[tuple[int, int]]:
-        """The spans of tokens that the template marks, from the first answer on."""
-        found = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        begin, first = 0, 0
-        if messages[: answers[0]] and any(message["role"] == "assistant" for message in messages[: answers[0]]):
-            first = len(self._prefix(messages[: answers[0]], tokens, where, answers[0], add_generation_prompt=True))
-        if not any(found["assistant_masks"][first:]):
-            raise ConfigError(f"dataset_name: {where}: the chat template's {{% generation %}} marks no answer")
-        for marked, group in groupby(found["assistant_masks"]):
+    def mask(self, example: Example, whole: np.ndarray, prefixes: list[np.ndarray]) -> np.ndarray:
+        """bool, for each token of the whole whether it has loss, by the tokens of the beginnings.
+
+        Raises:
+            ConfigError: if the whole doesn't begin with one of them.
+        """
+        if self.loss_on == "all":
+            return np.ones(len(whole), dtype=bool)
+        mask = np.zeros(len(whole), dtype=bool)
+        if not example.has_answers:
+            return mask
+        for answer, prefix in zip(example.of, prefixes, strict=True):
+            if not np.array_equal(whole[: len(prefix)], prefix):
+                raise ConfigError(
+                    f"dataset_name: {example.where}: it can't be told where message {answer + 1} (assistant) begins or "
+                    f"ends, as the tokens before that change once more of the chat follows; {WAYS_OUT}"
+                )
+        bounds = [*map(len, prefixes), len(whole)]
+        for begin, end in self._marked(example, bounds) if self.marks else zip(bounds[::2], bounds[1::2], strict=False):
+            mask[begin : self._stop(whole, begin, end)] = True
+        return mask
+
+    def _marked(self, example: Example, bounds: list[int]) -> Iterator[tuple[int, int]]:
+        """The spans of tokens that the template marks, from the first answer that is to be learnt."""
+        options = dict(return_dict=True, return_assistant_tokens_mask=True)
+        marks = self.tokenizer.apply_chat_template(example.messages, **options)["assistant_masks"]
+        begin, first = 0, bounds[0] if len(bounds) > 1 else 0
+        if not any(marks[first:]):
+            raise ConfigError(f"dataset_name: {example.where}: the chat template's {{% generation %}} marks no answer")
+        for marked, group in groupby(marks):
             end = begin + len(list(group))
             if marked and begin >= first:
                 yield begin, end
             begin = end
 
-    def _grown(
-        self, messages: list[dict[str, Any]], answers: list[int], tokens: list[int], where: str
-    ) -> Iterator[tuple[int, int]]:
-        """The spans of tokens that each answer adds to what is rendered before it."""
-        for i in answers:
-            if not i:
-                raise ConfigError(f"dataset_name: {where}: the chat begins with an assistant's turn; {WAYS_OUT}")
-            begin = len(self._prefix(messages[:i], tokens, where, i, add_generation_prompt=True))
-            end = len(self._prefix(messages[: i + 1], tokens, where, i)) if messages[i + 1 :] else len(tokens)
-            yield begin, end
-
-    def _prefix(
-        self, messages: list[dict[str, Any]], tokens: list[int], where: str, answer: int, **options: Any
-    ) -> list[int]:
-        """The tokens of the first messages. Raises `ConfigError` if those of the whole chat don't begin so."""
-        prefix = self._tokens(self._render(messages, where, **options))
-        if tokens[: len(prefix)] != prefix:
-            raise ConfigError(
-                f"dataset_name: {where}: it can't be told where message {answer + 1} (assistant) begins or ends, as "
-                f"the tokens before that change once more of the chat follows; {WAYS_OUT}"
-            )
-        return prefix
-
-    def _stop(self, tokens: list[int], begin: int, end: int) -> int:
+    def _stop(self, tokens: np.ndarray, begin: int, end: int) -> int:
         """Where a turn's tokens end: after its stop token, with nothing but that. A turn may have none."""
         last = end
         while last > begin and tokens[last - 1] not in self.control and self._is_space(tokens[last - 1]):
@@ -132,19 +174,16 @@ class Renderer:
         if last > begin and tokens[last - 1] in self.control:
             return last
         # The marks of some templates end before it.
-        return end + (self.marks and end < len(tokens) and tokens[end] in self.control)
+        return end + int(self.marks and end < len(tokens) and tokens[end] in self.control)
 
     def _is_space(self, token: int) -> bool:
-        return self.tokenizer.decode([token]).isspace()
+        return self.tokenizer.decode([int(token)]).isspace()
 
-    def _render(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
+    def _text(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(f"dataset_name: {where}: the chat template refuses it: {error}") from error
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def read_segments(

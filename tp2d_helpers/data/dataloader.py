@@ -67,7 +67,8 @@ class TokenDataset(Dataset):
             self.starts, self.lengths = offsets[documents], np.minimum(sizes[documents], seq_length)
         self.held_out = len(held_out)  # documents
         self.targets = self._targets(self.starts, self.lengths)
-        if eval_samples and not any((self[i]["labels"][1:] != IGNORED).any() for i in range(self.samples, len(self))):
+        held_out_labels = (self[i]["labels"][1:] for i in range(self.samples, len(self)))
+        if eval_samples and masked and not any((labels != IGNORED).any() for labels in held_out_labels):
             raise ConfigError(f"eval_samples = {eval_samples}: no answer begins in the held-out samples; take more")
 
     def _targets(self, starts: np.ndarray, lengths: np.ndarray | int) -> np.ndarray:

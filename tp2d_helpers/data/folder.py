@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class TokenWriter:
     def __exit__(self, *error: Any) -> None:
         self.files.close()
 
-    def add(self, text: str, parts: Iterable[list[int]], mask: list[bool] | None = None) -> None:
+    def add(self, text: str, parts: Iterable[Sequence[int]], mask: np.ndarray | None = None) -> None:
         """A document: its text, by which copies are told, its tokens in parts, and which of them have loss."""
         digest = hashlib.blake2b(text.strip().encode(errors="replace"), digest_size=8).digest()
         self.digests.append(int.from_bytes(digest, "big"))

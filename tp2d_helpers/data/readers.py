@@ -102,7 +102,8 @@ def _read(path: Path, columns: Columns, how: str) -> Iterator[Row]:
 def no_column(columns: Columns, where: str, names: list[str]) -> ConfigError:
     """The error of a file or data set without the column of its text, or those of its chats."""
     wanted = f"text_column = {columns[0]!r}" if len(columns) == 1 else f"columns {' and '.join(columns)}"
-    return ConfigError(f"{wanted}: {where} has no such column; it has {names}")
+    chats = "" if len(columns) > 1 else ". Chats are in a column messages or conversations, or in prompt and completion"
+    return ConfigError(f"{wanted}: {where} has no such column; it has {names}{chats}")
 
 
 def _open(path: Path) -> TextIO:
