@@ -15,6 +15,7 @@ from grid import Run, assert_equal_runs, run_grid
 from plain import plain_run
 from transformers import AutoModelForCausalLM
 
+from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.resize import convert
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config
@@ -23,6 +24,7 @@ from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.training.metrics import keep_until, read_metrics
 
 GRID = dict(tp_size=2, dp_size=2)
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,13 @@ def test_resumed_in_mid_epoch_on_another_grid(
         then = [record[name] for record in whole.records if record[name] is not None]
         assert [record[name] for record in records if record[name] is not None] == pytest.approx(then, rel=1e-5)
     assert len(records) == 6
+
+
+def test_an_export_has_the_template_of_its_run(train: Callable[..., Run], model: Path, chats: str) -> None:
+    """Asked in another form than it was trained on, a model would not answer as it learnt to."""
+    template = TEMPLATES / "chatml_marked.jinja"
+    run = train(model, dataset_name=chats, debug_steps=1, chat_template=str(template))
+    folder = Path(run.config["storage_path"], run.config["experiment_name"])
+    exported = export_checkpoint(newest_checkpoint(folder)[0], str(model), folder / "export")
+    assert load_tokenizer(str(exported)).chat_template == template.read_text()
+    assert load_tokenizer(str(model)).chat_template != template.read_text()

@@ -110,7 +110,7 @@ WRONG_TYPE: dict[type, list[Any]] = {
 def test_wrong_type(name: str) -> None:
     kind = type(Config.model_fields[name].default)
     for value in WRONG_TYPE[kind if name != "use_gpu" else bool]:
-        right = "(valid|finite|'auto'|'fp32'|'newest'|'none'|'document'|'constant')"
+        right = "(valid|finite|'auto'|'fp32'|'newest'|'none'|'document'|'constant'|'assistant')"
         with pytest.raises(ConfigError, match=rf"(?m)^{name} = .*{right}") as error:
             make_config(**{name: value})
         assert f"{name} = {value!r}: " in str(error.value)

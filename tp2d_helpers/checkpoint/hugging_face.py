@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from tp2d_helpers.checkpoint.card import model_card
+from tp2d_helpers.checkpoint.files import read_json
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, merge, open_shards, read
 from tp2d_helpers.data.tokens import load_tokenizer
@@ -72,7 +73,9 @@ def export_checkpoint(
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         new = Path(scratch, "new")
         model.config.save_pretrained(new)
-        load_tokenizer(model_name, trust_remote_code).save_pretrained(new)
+        # With the chat template that the run was trained by: what answers must be asked in the same form.
+        template = read_json(tag.parent / "rank_0.json").get("settings", {}).get("chat_template", "")
+        load_tokenizer(model_name, trust_remote_code, template).save_pretrained(new)
         with contextlib.suppress(OSError):  # not every model has one
             shutil.copy(cached_file(model_name, "generation_config.json"), new)
         _write_weights(new, model.meta, whole, ranks)
