@@ -15,6 +15,7 @@ from grid import Run, assert_equal_runs, run_grid
 from plain import plain_run
 from transformers import AutoModelForCausalLM
 
+from tp2d_helpers.checkpoint.files import read_json
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.resize import convert
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
@@ -119,6 +120,9 @@ def test_an_export_has_the_template_of_its_run(train: Callable[..., Run], model:
     template = TEMPLATES / "chatml_marked.jinja"
     run = train(model, dataset_name=chats, debug_steps=1, chat_template=str(template))
     folder = Path(run.config["storage_path"], run.config["experiment_name"])
-    exported = export_checkpoint(newest_checkpoint(folder)[0], str(model), folder / "export")
+    checkpoint = newest_checkpoint(folder)[0]
+    manifest = read_json(checkpoint / "rank_0.json") | {"settings": run.config}  # as after preflight
+    (checkpoint / "rank_0.json").write_text(json.dumps(manifest))
+    exported = export_checkpoint(checkpoint, str(model), folder / "export")
     assert load_tokenizer(str(exported)).chat_template == template.read_text()
     assert load_tokenizer(str(model)).chat_template != template.read_text()
