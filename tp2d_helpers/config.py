@@ -84,6 +84,7 @@ class Config(BaseModel):
     log_interval: PositiveInt = 5
     eval_samples: NonNegativeInt = 0
     eval_interval: NonNegativeInt = 0
+    sample_prompts: str = ""
     checkpoint_interval: NonNegativeInt = 0
     checkpoints_to_keep: PositiveInt = 2
     keep_checkpoints_by: Literal["newest", "loss", "eval_loss"] = "newest"
@@ -242,7 +243,8 @@ def _how_to_write(name: str, value: Any) -> str:
     if int in kinds and (number or type(value) is float) and float(value) % 1 == 0:
         return f"write it as a whole number, without quotes: {int(float(value))}"
     if str in kinds and isinstance(value, list):
-        return f"write one text with commas: '{','.join(map(str, value))}'"
+        between, mark = ("line breaks", "\n") if name == "sample_prompts" else ("commas", ",")
+        return f"write one text with {between}: {mark.join(map(str, value))!r}"
     if str in kinds and not isinstance(value, (str, type(None))):
         return f"write it in quotes, and for papermill as -r {name} {value}"
     return ""

@@ -26,6 +26,7 @@ from tp2d_helpers.preflight.plan import Plan
 from tp2d_helpers.train import train_func
 from tp2d_helpers.training.elastic import GridTrainer
 from tp2d_helpers.training.metrics import newest_step
+from tp2d_helpers.training.samples import FILE, read_samples
 from tp2d_helpers.training.trackers import Trackers
 
 MOST_LINES = 30  # of progress in one launch, however long the run
@@ -75,6 +76,8 @@ def launch(plan: Plan, train_func: Callable[[dict[str, Any]], None] = train_func
 def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
     """Print the progress of the run that the body launches: a line per `log_interval`, at most `MOST_LINES`.
 
+    And one for each prompt at each evaluation (`sample_prompts`).
+
     The run's folder is locked meanwhile.
 
     Raises:
@@ -115,6 +118,7 @@ def _print_progress(
     path: Path, done: int, total: int, every: int, launched: float, finished: threading.Event, trackers: Trackers
 ) -> None:
     last, tail, start = False, Tail(path), None
+    texts, shown = Tail(path.with_name(FILE)), {(text["step"], text["prompt"]) for text in read_samples(path.parent)}
     while not last:
         last = finished.wait(0.5)  # one more look after the end
         if not start and (start := startup.describe(read_json(path.parent / "start.json"), launched)):
@@ -124,6 +128,10 @@ def _print_progress(
             if record["step"] > done and (record["step"] % every == 0 or record["step"] == total):
                 print(progress_line(record, total), flush=True)
             done = max(done, record["step"])
+        for text in texts.read():
+            if (key := (text["step"], text["prompt"])) not in shown:
+                shown.add(key)
+                print(sample_line(text), flush=True)
 
 
 class Tail:
@@ -155,6 +163,16 @@ def progress_line(record: dict[str, Any], total: int) -> str:
         f"step {record['step']:>{len(str(total))}}/{total}  epoch {record['epoch']}  loss {number}  grad norm {norm}"
         f"  {record['tokens_per_second']:,.0f} tokens/s{mfu}  peak {record['peak_memory_gib']:.2f} GiB"
     )
+
+
+def sample_line(sample: dict[str, Any]) -> str:
+    """One record of `samples.jsonl` in a line, long texts cut."""
+    prompt, text = (" ".join(sample[name].split()) for name in ("prompt", "text"))
+    return f"step {sample['step']}: {_shorten(prompt, 40)} → {_shorten(text, 80)}"
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _describe(error: Exception, config: Config) -> str:

@@ -27,6 +27,7 @@ from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.planning.out_of_memory import explain_out_of_memory
 from tp2d_helpers.training.elastic import PreemptionNotice
 from tp2d_helpers.training.metrics import StepMetrics, log_to_file
+from tp2d_helpers.training.samples import Samples
 from tp2d_helpers.training.schedule import schedule_learning_rate
 from tp2d_helpers.training.watchdog import Watchdog
 
@@ -55,6 +56,7 @@ def train_func(config: dict[str, Any]) -> None:
         last_step = progress.last_step(config["num_epochs"], loader.batch_sampler.steps_per_epoch)
         schedule_learning_rate(engine, config, last_step)
         metrics = StepMetrics(engine, dp_group, run.folder, config["seq_length"], config["log_interval"], progress.step)
+        samples = Samples(engine, loader, config, run.folder, progress.step)
 
         engine.train()
         while progress.epoch < config["num_epochs"]:
@@ -63,6 +65,7 @@ def train_func(config: dict[str, Any]) -> None:
                 metrics.record(progress.step + 1, progress.epoch, loss, tokens)
                 progress.advance(loader.batch_sampler.steps_per_epoch, loader.batch_sampler.global_batch)
                 if run.evaluates(progress):
+                    samples.write(progress.step)
                     metrics.record_evaluation(evaluate(engine, loader, dp_group))
                 saving = run.saves(progress, metrics)
                 if saving or metrics.flush_due():

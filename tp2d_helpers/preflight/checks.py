@@ -7,6 +7,7 @@ and what would be right.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from typing import Any
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
@@ -27,6 +28,7 @@ from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.preflight.weights import check_weights
 from tp2d_helpers.speed.devices import Device, device_named
 from tp2d_helpers.speed.layers import decoder_layers
+from tp2d_helpers.training.samples import NEW_TOKENS, encode_prompts
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
@@ -42,6 +44,8 @@ def check_resilience(config: Config) -> None:
         raise ConfigError("keep_checkpoints_by = 'eval_loss': nothing is evaluated; set eval_samples, say to 16")
     if config.eval_interval and not config.eval_samples:
         raise ConfigError(f"eval_interval = {config.eval_interval}: eval_samples is 0; set it, say to 16")
+    if config.sample_prompts.strip() and not config.eval_samples:
+        raise ConfigError("sample_prompts: they are continued at each evaluation; set eval_samples, say to 16")
     if config.min_dp_size > config.dp_size:
         raise ConfigError(f"min_dp_size = {config.min_dp_size}: must not be above dp_size, which is {config.dp_size}")
     if config.min_dp_size and config.zero_stage not in RESIZABLE:
@@ -141,7 +145,8 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}). Take a smaller one, shorter samples "
             "or more data."
         )
-    highest = max(data.meta["highest"], 0 if config.packing else data.pad)
+    prompts = encode_prompts(config.model_dump(), chats=data.mask is not None)
+    highest = max(data.meta["highest"], 0 if config.packing else data.pad, *itertools.chain(*prompts.values()))
     if highest >= model.vocabulary:
         raise ConfigError(
             f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has "
@@ -158,6 +163,8 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
     chosen = [f"{steps} steps per epoch, {size} samples each", *loss]
     if config.eval_samples:
         chosen.append(f"{config.eval_samples} samples held out, of {data.held_out} documents")
+    if prompts:
+        chosen.append(f"{len(prompts)} prompts continued by up to {NEW_TOKENS} tokens at each evaluation")
     if removed:
         chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
     return steps, data.identity, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)

@@ -8,6 +8,7 @@ __getattr__ = lazy(
         "StepMetrics": "metrics",
         "read_metrics": "metrics",
         "log_to_file": "metrics",
+        "read_samples": "samples",
         "schedule_learning_rate": "schedule",
         "Watchdog": "watchdog",
         "GridTrainer": "elastic",
