@@ -83,6 +83,7 @@ class Config(BaseModel):
     debug_steps: NonNegativeInt = 0
     log_interval: PositiveInt = 5
     eval_samples: NonNegativeInt = 0
+    eval_dataset_name: str = ""
     eval_interval: NonNegativeInt = 0
     sample_prompts: str = ""
     checkpoint_interval: NonNegativeInt = 0

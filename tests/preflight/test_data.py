@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -54,6 +55,21 @@ def test_a_single_file(run: Callable[..., Config], tmp_path: Path) -> None:
         assert f"book.txt: files used 1 of 1, rows without text 0 of {rows}, " in found
     with pytest.raises(ConfigError, match="eval_samples = 2: held-out samples must come from documents that training"):
         checked(run(dataset_name=str(tmp_path / "book.txt"), eval_samples=2))
+
+
+def test_a_dataset_of_its_own_to_evaluate_on(run: Callable[..., Config], tmp_path: Path) -> None:
+    write_rows(tmp_path / "data.jsonl", *(f"a line {j} of the data, long enough" for j in range(9)))
+    write_rows(tmp_path / "test.jsonl", *(f"zoological quizzes, number {j}" for j in range(5)))
+    config = run(dataset_name=str(tmp_path / "data.jsonl"), eval_samples=3, packing=False)
+    config = config.change(eval_dataset_name=str(tmp_path / "test.jsonl"))
+    steps, found, chosen = checked(config)
+    assert steps == 9 and "9 padded samples of 16" in found
+    assert chosen == f"9 steps per epoch, 1 samples each; evaluated on 3 of 5 samples of {tmp_path}/test.jsonl"
+    with pytest.raises(ConfigError, match=r"eval_samples = 6: eval_dataset_name = '.*' has 5 samples of 16 tokens"):
+        checked(config.change(eval_samples=6))
+    highest = [json.loads(meta.read_text())["highest"] for meta in cache_dir().glob("tokens-*/meta.json")]
+    with pytest.raises(ConfigError, match=f"its tokenizer gives id {max(highest)}, the model has {max(highest)} ids"):
+        check_data(config, dataclasses.replace(ModelFacts.read(config.model_name), vocabulary=max(highest)))
 
 
 def test_the_tokens_are_not_read_again(run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
 IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
-            "packing", "seq_length", "seed", "eval_samples", "precision", "master_weights")  # fmt: skip
+            "packing", "seq_length", "seed", "eval_samples", "eval_dataset_name", "precision",
+            "master_weights")  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
 RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
 
@@ -103,15 +104,19 @@ def check_same_data(then: dict[str, Any] | None, now: dict[str, Any], dataset_na
         ConfigError: with both.
     """
 
-    def describe(data: dict[str, Any]) -> str:
+    def describe(data: dict[str, Any] | None) -> str:
         """An identity in words."""
+        if not data:
+            return "documents of dataset_name"
         return f"{data['documents']:,} documents of {data['tokens']:,} tokens, SHA-256 {data['sha256'][:12]}…"
 
     if then and then != now:
+        what = f"dataset_name = {dataset_name!r}: its tokens are not those that this run was trained on"
+        if {**then, "eval": None} == {**now, "eval": None}:
+            what, then, now = "eval_dataset_name: its tokens are not the run's", then.get("eval"), now.get("eval")
         raise ConfigError(
-            f"dataset_name = {dataset_name!r}: its tokens are not those that this run was trained on: "
-            f"{describe(then)} then, {describe(now)} now. Restore the data (and the tokenizer), or take another "
-            "experiment_name"
+            f"{what}: {describe(then)} then, {describe(now)} now. Restore the data (and the tokenizer), or take "
+            "another experiment_name"
         )
 
 

@@ -32,11 +32,13 @@ class TokenDataset(Dataset):
     Of chats, only the tokens that the folder's mask names are labels, and samples without any are left out.
 
     The first `samples` are to train on. `eval_samples` more are held out: they are of the last documents, of which
-    training sees no part and no copy.
+    training sees no part and no copy; or, after `evaluate_on`, of another dataset.
 
     Raises:
         ConfigError: if the documents are too few, or too much alike, to hold samples out.
     """
+
+    other: TokenDataset | None = None  # that the held-out samples are of, if they are of another one
 
     def __init__(self, folder: Path, seq_length: int, packing: bool = True, eval_samples: int = 0) -> None:
         self.seq_length, self.packing, self.eval_samples = seq_length, packing, eval_samples
@@ -82,16 +84,26 @@ class TokenDataset(Dataset):
         # The last of all ends with the file, and has no bound.
         return np.add.reduceat(self.mask, bounds[: -1 if bounds[-1] == len(self.mask) else None], dtype=np.int64)[::2]
 
+    def evaluate_on(self, other: TokenDataset, eval_samples: int) -> None:
+        """Take the first `eval_samples` of another dataset as held out, in place of none of this one."""
+        self.other, self.eval_samples = other, eval_samples
+
     @property
     def identity(self) -> dict[str, Any]:
-        """What was tokenised, whatever it is called and whenever it was written: numbers and a hash."""
-        return {name: self.meta[name] for name in ("documents", "tokens", "sha256")}
+        """What was tokenised, whatever it is called and whenever it was written: numbers and a hash.
+
+        With those of the dataset that is evaluated on, under "eval", if it is another one.
+        """
+        own = {name: self.meta[name] for name in ("documents", "tokens", "sha256")}
+        return own | ({"eval": self.other.identity} if self.other else {})
 
     def __len__(self) -> int:
         return self.samples + self.eval_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `labels`, int64 [seq_length]; the labels of padding, and what has no loss, are `IGNORED`."""
+        if self.other and index >= self.samples:
+            return self.other[index - self.samples]
         if index < len(self.starts):
             places = slice(self.starts[index], self.starts[index] + self.lengths[index])
         else:  # packed and held out: from documents that need not be neighbours
@@ -130,6 +142,46 @@ def hold_out(first: np.ndarray, share: np.ndarray, enough: int, eval_samples: in
             "samples (0 holds none out), or more documents: text_files = 'paragraph' divides .txt files"
         )
     return n, n + np.flatnonzero(first[n:] >= n)
+
+
+def load_samples(
+    model_name: str,
+    dataset_name: str,
+    seq_length: int,
+    packing: bool = True,
+    eval_samples: int = 0,
+    eval_dataset_name: str = "",
+    dataset_percentage: float = 100.0,
+    dataset_config: str = "",
+    **source: Any,
+) -> TokenDataset:
+    """Tokenise what a run trains and evaluates on, if this node hasn't yet, and cut it into samples.
+
+    Args:
+        eval_dataset_name: where the held-out samples come from; "" takes whole documents of `dataset_name`. All of it
+            is tokenised, whatever `dataset_percentage` is, and `dataset_config` counts if it is the same hub dataset.
+        source: the other arguments of `prepare_tokens`.
+
+    Raises:
+        ConfigError: for a dataset that can't be tokenised, or has too little to hold out.
+    """
+    folder = prepare_tokens(model_name, dataset_name, dataset_config, dataset_percentage=dataset_percentage, **source)
+    data = TokenDataset(folder, seq_length, packing, 0 if eval_dataset_name else eval_samples)
+    if eval_dataset_name:
+        same = eval_dataset_name.split(":")[0] == dataset_name.split(":")[0]
+        try:
+            folder = prepare_tokens(model_name, eval_dataset_name, dataset_config if same else "", **source)
+        except ConfigError as error:
+            found = str(error).removeprefix(f"dataset_name = {eval_dataset_name!r}: ").removeprefix("dataset_name: ")
+            raise ConfigError(f"eval_dataset_name = {eval_dataset_name!r}: {found}") from error
+        other = TokenDataset(folder, seq_length, packing)
+        if other.samples < eval_samples:
+            raise ConfigError(
+                f"eval_samples = {eval_samples}: eval_dataset_name = {eval_dataset_name!r} has {other.samples} samples "
+                f"of {seq_length} tokens; take at most that many, or more text"
+            )
+        data.evaluate_on(other, eval_samples)
+    return data
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -180,6 +232,7 @@ def create_dataloader(
     packing: bool = True,
     debug_steps: int = 0,
     eval_samples: int = 0,
+    eval_dataset_name: str = "",
     **source: Any,
 ) -> DataLoader:
     """Build the loader of one DP rank. It yields micro-batches; accumulation of them make a step.
@@ -191,13 +244,15 @@ def create_dataloader(
     Args:
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
         eval_samples: hold out so many samples for `evaluate`, of documents that training does not see.
-        source: the other arguments of `prepare_tokens`.
+        eval_dataset_name, source: see `load_samples`.
 
     Raises:
         ConfigError: if the dataset is smaller than one global batch, or can't be tokenised.
     """
-    folder = prepare_tokens(model_name, dataset_name, dataset_percentage=dataset_percentage, progress=False, **source)
-    dataset = TokenDataset(folder, seq_length, packing, eval_samples)
+    dataset = load_samples(
+        model_name, dataset_name, seq_length, packing, eval_samples, eval_dataset_name, dataset_percentage,
+        progress=False, **source,
+    )  # fmt: skip
     accumulation, samples = gradient_accumulation_steps, dataset.samples
     sampler = GlobalBatchSampler(samples, batch_size_per_gpu, accumulation, dp_rank, dp_size, seed)
     if not sampler.steps_per_epoch:
@@ -237,5 +292,5 @@ def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Te
 def data_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that `create_dataloader` takes."""
     names = (*SOURCE, "seq_length", "packing", "batch_size_per_gpu", "gradient_accumulation_steps", "dp_size", "seed",
-             "debug_steps", "eval_samples")  # fmt: skip
+             "debug_steps", "eval_samples", "eval_dataset_name")  # fmt: skip
     return {name: config[name] for name in names}

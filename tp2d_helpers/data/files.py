@@ -73,6 +73,12 @@ def local_files(dataset_name: str, dataset_config: str = "") -> Files | None:
     return Files(used, left_out)
 
 
+def absolute_name(dataset_name: str) -> str:
+    """The name of a dataset from any working directory: that of the workers is another one than the driver's."""
+    path = Path(dataset_name).expanduser()
+    return str(path.absolute()) if dataset_name and path.exists() else dataset_name
+
+
 def _declares_configs(readme: Path) -> bool:
     try:
         return bool((metadata_load(readme) or {}).get("configs"))

@@ -16,9 +16,9 @@ from packaging.version import Version
 from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
 from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
-from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
+from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset, load_samples
 from tp2d_helpers.data.files import local_files
-from tp2d_helpers.data.tokens import SOURCE, load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokens import SOURCE, load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
@@ -42,6 +42,13 @@ def check_resilience(config: Config) -> None:
     """
     if config.keep_checkpoints_by == "eval_loss" and not config.eval_samples:
         raise ConfigError("keep_checkpoints_by = 'eval_loss': nothing is evaluated; set eval_samples, say to 16")
+    if config.eval_dataset_name in (config.dataset_name, "auto"):
+        raise ConfigError(
+            f"eval_dataset_name = {config.eval_dataset_name!r}: must be another dataset than the training's; "
+            "with '', whole documents of that one are held out"
+        )
+    if config.eval_dataset_name and not config.eval_samples:
+        raise ConfigError(f"eval_dataset_name = {config.eval_dataset_name!r}: eval_samples is 0; set it, say to 16")
     if config.eval_interval and not config.eval_samples:
         raise ConfigError(f"eval_interval = {config.eval_interval}: eval_samples is 0; set it, say to 16")
     if config.sample_prompts.strip() and not config.eval_samples:
@@ -133,11 +140,11 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
             has no documents to hold out.
     """
     removed = clear_cache()
-    folder = prepare_tokens(**{name: getattr(config, name) for name in SOURCE})
-    data, size = TokenDataset(folder, config.seq_length, config.packing, config.eval_samples), config.global_batch_size
+    names = (*SOURCE, "seq_length", "packing", "eval_samples", "eval_dataset_name")
+    data, size = load_samples(**{name: getattr(config, name) for name in names}), config.global_batch_size
     kind = "packed" if config.packing else "padded"
     if data.samples < size:
-        held_out = f" and {config.eval_samples} held out (eval_samples)" if config.eval_samples else ""
+        held_out = f" and {config.eval_samples} held out (eval_samples)" if len(data) > data.samples else ""
         raise ConfigError(
             f"dataset_name = {config.dataset_name!r}: {data.samples} {kind} samples of {config.seq_length} tokens "
             f"({len(data.tokens):,} tokens in all){held_out}, fewer than one global batch of {size} "
@@ -146,7 +153,8 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
             "or more data."
         )
     prompts = encode_prompts(config.model_dump(), chats=data.mask is not None)
-    highest = max(data.meta["highest"], 0 if config.packing else data.pad, *itertools.chain(*prompts.values()))
+    known = [part.meta["highest"] for part in (data, data.other or data)]
+    highest = max(*known, 0 if config.packing else data.pad, *itertools.chain(*prompts.values()))
     if highest >= model.vocabulary:
         raise ConfigError(
             f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has "
@@ -158,16 +166,23 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], 
     files, empty = local_files(config.dataset_name, config.dataset_config), data.meta["rows"] - data.meta["documents"]
     found = [str(files)] if files else []
     chats, loss = describe_chats(data)
+    samples = data.samples if data.other else len(data)
     found += chats or ([f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else [])
-    found += [f"{len(data.tokens):,} tokens", f"{len(data):,} {kind} samples of {config.seq_length}"]
+    found += [f"{len(data.tokens):,} tokens", f"{samples:,} {kind} samples of {config.seq_length}"]
     chosen = [f"{steps} steps per epoch, {size} samples each", *loss]
-    if config.eval_samples:
-        chosen.append(f"{config.eval_samples} samples held out, of {data.held_out} documents")
+    chosen += describe_held_out(config, data)
     if prompts:
         chosen.append(f"{len(prompts)} prompts continued by up to {NEW_TOKENS} tokens at each evaluation")
     if removed:
         chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
     return steps, data.identity, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
+
+
+def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
+    """What a run is evaluated on, for preflight's table; nothing if it isn't."""
+    if data.other:
+        return [f"evaluated on {config.eval_samples} of {data.other.samples:,} samples of {config.eval_dataset_name}"]
+    return [f"{config.eval_samples} samples held out, of {data.held_out} documents"] if config.eval_samples else []
 
 
 def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:

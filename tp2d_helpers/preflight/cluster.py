@@ -144,7 +144,7 @@ def check_nodes(config: Config, probe: Path) -> str:
     """
     if len(_alive()) == 1:
         return ""
-    paths = {name: getattr(config, name) for name in ("model_name", "dataset_name")}
+    paths = {name: getattr(config, name) for name in ("model_name", "dataset_name", "eval_dataset_name")}
     paths = {"storage_path": str(probe)} | {name: path for name, path in paths.items() if Path(path).is_absolute()}
     look, demo, tasks = _look(), Path(config.model_name).parent == cache_dir(), {}
     for node in _alive():

@@ -15,6 +15,7 @@ from typing import Any
 from tp2d_helpers.checkpoint.run_folder import last_step
 from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
+from tp2d_helpers.data.files import absolute_name
 from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.checks import (
@@ -126,8 +127,7 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
         model = str(Path(model).expanduser().absolute())
     elif model.startswith((".", "/", "~")):
         raise ConfigError(f"model_name = {model!r}: no such folder")
-    if Path(dataset).expanduser().exists():  # the workers have another working directory
-        dataset = str(Path(dataset).expanduser().absolute())
+    dataset, evaluated = absolute_name(dataset), absolute_name(config.eval_dataset_name)
     template = config.chat_template and str(Path(config.chat_template).expanduser().absolute())
     storage, name = config.storage_path, config.experiment_name
     if storage == "auto":
@@ -137,6 +137,6 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
     rate = config.learning_rate
     if rate == "auto":
         rate = RANDOM_RATE if has_random_weights(model) else PRETRAINED_RATE
-    settled = dict(model_name=model, dataset_name=dataset, storage_path=storage, experiment_name=name,
-                   chat_template=template)  # fmt: skip
+    settled = dict(model_name=model, dataset_name=dataset, eval_dataset_name=evaluated, storage_path=storage,
+                   experiment_name=name, chat_template=template)  # fmt: skip
     return config.change(use_gpu=use_gpu, learning_rate=rate, **settled), why
