@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grid import Run, run_grid
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
@@ -22,6 +23,7 @@ from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.launch import follow
 from tp2d_helpers.preflight.checks import check_resilience
+from tp2d_helpers.speed.optimizations import compilers
 from tp2d_helpers.training.metrics import append, keep_until
 from tp2d_helpers.training.samples import FILE, NEW_TOKENS, encode_prompts, highest, read_samples
 
@@ -33,9 +35,9 @@ SAMPLED = dict(eval_samples=4, eval_interval=8, sample_prompts="\n".join(PROMPTS
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Documents of the same sentences in any order: what a model learns in seconds."""
+    """Documents of a number and a sentence, after which they end: what a model learns in seconds."""
     draw, path = random.Random(0), tmp_path_factory.mktemp("text") / "sentences.jsonl"
-    rows = [" ".join(draw.choices(SENTENCES, k=10)) for _ in range(400)]
+    rows = [f"{number}. {draw.choice(SENTENCES)}" for number in range(1000)]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return str(path)
 
@@ -83,6 +85,23 @@ def test_training_is_not_disturbed(train: Callable[..., Run], text: str) -> None
     assert [r["eval_loss"] for r in run.records] == [r["eval_loss"] for r in without.records]
     assert run.losses() == without.losses()
     assert not (folder_of(without) / FILE).exists()
+
+
+def _compiled(*_: Any) -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.skipif(not compilers(on_gpu=False), reason="torch.compile needs a C++ compiler on CPUs")
+def test_nothing_is_compiled_for_them(text: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Their forward passes have the shape of the evaluation's, however long prompts are."""
+    settings = dict(model_name=str(tiny_model("llama")), dataset_name=text, use_gpu=False, tp_size=2, dp_size=1,
+                    batch_size_per_gpu=4, seq_length=64, debug_steps=2, eval_samples=4, optimizations="compile",
+                    storage_path=str(tmp_path))  # fmt: skip
+    runs = [make_config(**settings, eval_interval=1, experiment_name="without"), make_config(
+        **settings, experiment_name="with", sample_prompts="A\nA lemon tastes", eval_interval=1)]  # fmt: skip
+    without, sampled = (run_grid(run.model_dump(), after=_compiled) for run in runs)
+    assert without == sampled and without[0] > 0
+    assert read_samples(runs[1].run_dir)
 
 
 def test_a_resumed_run_writes_none_twice(train: Callable[..., Run], text: str, tmp_path: Path) -> None:

@@ -100,13 +100,14 @@ class Samples:
 def generate(engine: deepspeed.DeepSpeedEngine, prompts: list[list[int]], shape: tuple[int, int]) -> list[list[int]]:
     """The `NEW_TOKENS` that follow each prompt, the same on all ranks of a TP group. Collective over the world.
 
-    Every forward pass has the shape of the training's, so that nothing is compiled again; what stands to the right of a
-    prompt is never seen by it. A text that has ended goes on: with ZeRO 3, all ranks need all weights equally often.
+    Every forward pass has the shape and arguments of the evaluation's, so that nothing is compiled again. A token never
+    sees what stands to its right. No text ends early: with ZeRO 3, all ranks gather weights equally often.
 
     Args:
         shape: (samples, seq) of a micro-batch.
     """
     found: list[list[int]] = []
+    unused = torch.ones((), device=engine.device)
     engine.eval()
     for first in range(0, len(prompts), shape[0]):
         part = prompts[first : first + shape[0]]
@@ -116,7 +117,7 @@ def generate(engine: deepspeed.DeepSpeedEngine, prompts: list[list[int]], shape:
         rows = torch.arange(len(part), device=engine.device)
         ends = torch.tensor([len(prompt) for prompt in part], device=engine.device)
         for new in range(NEW_TOKENS):
-            logits = engine(input_ids=tokens, use_cache=False).logits
+            logits = engine(input_ids=tokens, num_items_in_batch=unused, use_cache=False).logits
             tokens[rows, ends + new] = highest(logits[rows, ends + new - 1], engine.module.get_output_embeddings())
         found += [row[end:][:NEW_TOKENS] for row, end in zip(tokens.tolist(), ends.tolist(), strict=False)]
     engine.train()
