@@ -4,7 +4,7 @@ A folder per section of the notebook. Each stands only on those named after it (
 
     preflight    can this cluster run these settings?
     planning     bytes held, bytes sent and seconds, predicted from the settings; `display`: what the reader sees
-    training     metrics, the watchdog, nodes that go and come
+    training     metrics, samples of text, the watchdog, nodes that go and come
     checkpoint   the run's folder: save, load, resize, export
     model        the grid of ranks, the sharding plan, the engine
     speed        what makes a step faster without changing its result
