@@ -6,7 +6,7 @@ A folder per section of the notebook. Each stands only on those named after it (
     preflight    can this cluster run these settings?
     train        the loop that every worker runs
     planning     bytes held, bytes sent and seconds, predicted from the settings
-    training     metrics, schedules, trackers, the watchdog, nodes that go and come
+    training     metrics, schedules, samples, trackers, the watchdog, nodes that go and come
     checkpoint   the run's folder: save, load, resize, export
     model        the grid of ranks, the sharding plan, the engine
     speed        what makes a step faster without changing its result

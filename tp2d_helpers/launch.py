@@ -166,9 +166,8 @@ def progress_line(record: dict[str, Any], total: int) -> str:
 
 
 def sample_line(sample: dict[str, Any]) -> str:
-    """One record of `samples.jsonl` in a line, long texts cut."""
-    prompt, text = (" ".join(sample[name].split()) for name in ("prompt", "text"))
-    return f"step {sample['step']}: {_shorten(prompt, 40)} → {_shorten(text, 80)}"
+    """One record of `samples.jsonl` in a line, long texts cut; line breaks are seen as such."""
+    return f"step {sample['step']}: {_shorten(sample['prompt'], 40)} → {_shorten(sample['text'], 80)!r}"
 
 
 def _shorten(text: str, length: int) -> str:

@@ -196,4 +196,4 @@ def test_progress_has_each_text_once(tmp_path: Path, capsys: pytest.CaptureFixtu
         keep_until(path, 3)
         append(path, [dict(step=6, prompt="A", text="b\n c"), dict(step=9, prompt="A", text="d")])
     printed = [line for line in capsys.readouterr().out.splitlines() if "→" in line]
-    assert printed == ["step 6: A → b c", f"step 6: {'x' * 39}… → {'y' * 79}…", "step 9: A → d"]
+    assert printed == [r"step 6: A → 'b\n c'", f"step 6: {'x' * 39}… → '{'y' * 79}…'", "step 9: A → 'd'"]

@@ -1,4 +1,4 @@
-"""What accompanies the loop: a record per step, a watchdog that ends a hang, nodes that go and come."""
+"""What accompanies the loop: a record per step, texts to look at, a watchdog against hangs, nodes that go and come."""
 
 from tp2d_helpers import lazy
 
