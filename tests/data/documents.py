@@ -18,7 +18,7 @@ DOCUMENTS = ["the with statement", "yield", "def f(x): return x", "a " * 40, "cl
 def write(path: Path, documents: list[str], column: str = "text") -> Path:
     """Write documents in the format that the file's name asks for; in a text file, a blank line is between them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".ndjson"):
         path.write_text("".join(json.dumps({column: document}) + "\n" for document in documents))
     elif path.suffix == ".json":
         path.write_text(json.dumps([{column: document} for document in documents], indent=1))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import lzma
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -13,7 +16,7 @@ import pytest
 from documents import DOCUMENTS, read, write
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.files import local_files
+from tp2d_helpers.data.files import absolute_name, local_files
 from tp2d_helpers.data.text import load_text
 from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT, demo_documents
@@ -21,7 +24,7 @@ from tp2d_helpers.demo import END_OF_TEXT, demo_documents
 # Sources.
 
 
-FORMATS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"]
+FORMATS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"]
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": pyarrow.Codec("zstd").compress}
 
 
@@ -141,6 +144,87 @@ def test_what_datasets_saved_to_disk(tmp_path: Path) -> None:
     text = datasets.Dataset.from_dict({"text": DOCUMENTS})
     datasets.DatasetDict({"train": text, "test": text.select(range(2))}).save_to_disk(tmp_path / "saved")
     assert load_text(str(tmp_path / "saved"))["text"] == DOCUMENTS
+
+
+def test_a_dataset_saved_to_disk_is_what_it_says(tmp_path: Path) -> None:
+    """Whatever its splits are called, and whatever `map` has cached beside it."""
+    text = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    datasets.DatasetDict({"train": text, "unlabelled": text, "dev": text}).save_to_disk(tmp_path / "splits")
+    text.select([4, 2]).save_to_disk(tmp_path / "one")
+    datasets.load_from_disk(tmp_path / "one").map(lambda row: {"text": "changed"})
+    assert len([*(tmp_path / "one").glob("*.arrow")]) == 2
+    assert load_text(str(tmp_path / "splits"))["text"] == DOCUMENTS
+    assert load_text(str(tmp_path / "splits" / "dev"))["text"] == DOCUMENTS
+    assert load_text(str(tmp_path / "one"))["text"] == [DOCUMENTS[4], DOCUMENTS[2]]
+    datasets.DatasetDict({"dev": text}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(
+        ConfigError, match=r"it has no split 'train' but \['dev'\]; name the folder of one: .*splits/dev"
+    ):
+        load_text(str(tmp_path / "splits"))
+
+
+@pytest.fixture
+def some_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `data` in the current one, whose files have their own names as text."""
+    for name in ("a.jsonl", "b.jsonl", "test.jsonl", "sub/c.jsonl", "notes.csv", "with, comma.jsonl", ".hidden.jsonl"):
+        write(tmp_path / "data" / name, [name])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, used, left_out", [
+    ("data/*.jsonl", ["a.jsonl", "b.jsonl", "with, comma.jsonl"], ["test.jsonl"]),
+    ("data/**/[a-c].jsonl", ["a.jsonl", "b.jsonl", "sub/c.jsonl"], []),
+    ("data/tes?.jsonl", [], ["test.jsonl"]), ("data/test*", ["test.jsonl"], []),
+    ("data/b.jsonl, data/a.jsonl", ["b.jsonl", "a.jsonl"], []),
+    ("data/test.jsonl,data/sub,data/*.csv", ["test.jsonl", "sub/c.jsonl", "notes.csv"], []),
+    ("data/with, comma.jsonl", ["with, comma.jsonl"], []),
+])  # fmt: skip
+def test_globs_and_lists(some_files: Path, name: str, used: list[str], left_out: list[str]) -> None:
+    if not used:
+        with pytest.raises(ConfigError, match=r"tes\?.jsonl doesn't match any data files.*it has \['test.jsonl'\]"):
+            load_text(name)
+        return
+    assert load_text(name)["text"] == used
+    assert local_files(name).left_out == left_out
+    absolute = absolute_name(name)
+    assert local_files(absolute).used == [some_files / "data" / file for file in used]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("data/*.parquet", r"data/\*.parquet': .*\.parquet doesn't match any data files"),
+    ("data/a.jsonl,data/x.jsonl", "no such file or folder"), ("org/one,org/two", "no such file or folder"),
+    ("data/*.jsonl,data/a.jsonl", "it names .*data/a.jsonl more than once"),
+])  # fmt: skip
+def test_lists_that_lack_something(some_files: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_text(name)
+
+
+def test_a_glob_with_one_more_file_is_tokenised_again(cache: Path, tokenizer: str, some_files: Path) -> None:
+    before = prepare_tokens(tokenizer, "data/*.jsonl")
+    write(some_files / "data" / "new.jsonl", ["new"])
+    assert len(read(tokenizer, prepare_tokens(tokenizer, "data/*.jsonl"))) == len(read(tokenizer, before)) + 1
+
+
+def test_a_split_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder plays the hub."""
+    asked = []
+    for split in ("train", "validation"):
+        write(tmp_path / f"{split}.jsonl", [split])
+
+    def local(load: Callable, hub: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append((hub, *args))
+        return load(str(tmp_path), **kwargs)
+
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, functools.partial(local, getattr(datasets, name)))
+    assert load_text("org/books")["text"] == ["train"]
+    assert load_text("org/books:validation")["text"] == ["validation"]
+    assert load_text("Salesforce/wikitext:validation")["text"] == ["validation"]
+    assert set(asked) == {("org/books", None), ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+    with pytest.raises(ConfigError, match=r"'org/books:tset': can't be loaded .*Unknown split \"tset\""):
+        load_text("org/books:tset")
 
 
 def test_changed_file_is_tokenised_again(cache: Path, tokenizer: str, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,12 @@ from huggingface_hub import metadata_load
 
 from tp2d_helpers.config import ConfigError
 
-TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # these can be compressed, too
-FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".tsv", ".arrow")
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # these can be compressed, too
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".tsv", ".arrow")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 NOT_TRAINED_ON = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # other splits' names
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # `datasets` writes them
+GLOB = re.compile(r"[*?[]")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -36,18 +40,36 @@ class Files:
 def local_files(dataset_name: str, dataset_config: str = "") -> Files | None:
     """The files of a local dataset; None for the demo and for a hub id.
 
-    Of a folder these are all files in a known format, however they are called, but those whose name or subfolder says
-    that they belong to another split, such as `test.jsonl`. Hidden files don't count. Where the folder's README.md
-    declares configs, as clones of hub datasets do, it is the files of `dataset_config`.
+    Its name is a file, a folder or a glob, or several of them with commas between. Of a folder these are all files in a
+    known format, however they are called, but those whose name or subfolder says that they belong to another split,
+    such as `test.jsonl`; and so of a glob, unless it asks for such a split by name. Hidden files don't count. Where the
+    folder's README.md declares configs, as clones of hub datasets do, it is the files of `dataset_config`; where
+    `save_to_disk` of `datasets` wrote it, those of the dataset, or of its train split.
 
     Raises:
-        ConfigError: if there is nothing there, or nothing in a known format.
+        ConfigError: if there is nothing there, or nothing in a known format, or a file is named twice.
     """
-    path, name = Path(dataset_name).expanduser(), f"dataset_name = {dataset_name!r}"
-    if dataset_name == "demo" or not path.exists():
-        if dataset_name.startswith((".", "/", "~")):
-            raise ConfigError(f"{name}: no such file or folder")
+    parts, name = _parts(dataset_name), f"dataset_name = {dataset_name!r}"
+    if not parts:
         return None
+    found = [_files_of(Path(part).expanduser(), dataset_config, name) for part in parts]
+    used = [path for files in found for path in files.used]
+    if twice := [str(path) for path, times in Counter(path.resolve() for path in used).items() if times > 1]:
+        raise ConfigError(f"{name}: it names {', '.join(twice[:4])} more than once")
+    return Files(used, [path for files in found for path in files.left_out])
+
+
+def _parts(dataset_name: str) -> list[str]:
+    """The paths and globs in the name of a local dataset; none in that of any other."""
+    if dataset_name in ("", "demo"):
+        return []
+    parts = [part.strip() for part in dataset_name.split(",") if part.strip()]
+    local = len(parts) > 1 or GLOB.search(dataset_name) or dataset_name.startswith((".", "/", "~"))
+    return [dataset_name] if Path(dataset_name).expanduser().exists() else parts if local else []
+
+
+def _files_of(path: Path, dataset_config: str, name: str) -> Files:
+    """The files of one path or glob. `name` begins the errors."""
     declared = path.is_dir() and _declares_configs(path / "README.md")
     if dataset_config and not declared:
         raise ConfigError(f"dataset_config = {dataset_config!r}: a local file or folder has none; set it to ''")
@@ -56,27 +78,59 @@ def local_files(dataset_name: str, dataset_config: str = "") -> Files | None:
             compressed = f"; {', '.join(TEXT_FORMATS)} also with {', '.join(COMPRESSED)}"
             raise ConfigError(f"{name}: a local file must be one of {', '.join(FORMATS)}{compressed}")
         return Files([path], [])
-    found = [p for p in sorted(path.rglob("*")) if not any(part[0] == "." for part in p.relative_to(path).parts)]
+    base, found = _look_in(path)
     found = [p for p in found if p.is_symlink() or not p.is_dir()]  # what a link to a folder holds is not looked at
+    asked = _is_of_another_split(path, base)
+    if not path.exists() and path == base:
+        raise ConfigError(f"{name}: no such file or folder" + f" as {path}" * (str(path) not in name))
     if declared:
         builder = datasets.load_dataset_builder(str(path), dataset_config or None)
         used = [Path(file) for file in builder.config.data_files["train"]]
-    else:
-        used = [p for p in found if p.is_file() and format_of(p) and not _is_left_out(p.relative_to(path))]
+    elif (used := _saved_files(path, name)) is None:
+        used = [p for p in found if p.is_file() and format_of(p) and p.name not in NOT_DATA]
+        used = [p for p in used if asked or not _is_of_another_split(p, base)]
     chosen = {p.resolve() for p in used}
-    left_out = [str(p.relative_to(path)) for p in found if p.resolve() not in chosen]
+    left_out = [str(p.relative_to(base)) for p in found if p.resolve() not in chosen]
     if not used:
+        where = "the folder doesn't contain" if path == base else f"{path.name} doesn't match"
         raise ConfigError(
-            f"{name}: the folder doesn't contain any data files to train on, which are {', '.join(FORMATS)} not named "
-            f"for another split (test, validation, …); it has {left_out[:8]}"
+            f"{name}: {where} any data files to train on, which are {', '.join(FORMATS)} not named for another split "
+            f"(test, validation, …); it has {left_out[:8]}"
         )
     return Files(used, left_out)
 
 
+def _saved_files(path: Path, name: str) -> list[Path] | None:
+    """The files of a folder that `save_to_disk` wrote: what `map` cached beside them is no data. None of any other."""
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        if "train" not in splits:
+            raise ConfigError(
+                f"{name}: it has no split 'train' but {splits}; name the folder of one: {path / splits[0]}"
+            )
+        path = path / "train"
+    if not (path / "state.json").is_file():
+        return None
+    return [path / file["filename"] for file in json.loads((path / "state.json").read_text())["_data_files"]]
+
+
 def absolute_name(dataset_name: str) -> str:
     """The name of a dataset from any working directory: that of the workers is another one than the driver's."""
-    path = Path(dataset_name).expanduser()
-    return str(path.absolute()) if dataset_name and path.exists() else dataset_name
+    return ",".join(str(Path(part).expanduser().absolute()) for part in _parts(dataset_name)) or dataset_name
+
+
+def paths_of(dataset_name: str) -> list[Path]:
+    """The files and folders that the name of a local dataset leads to; none of any other."""
+    paths = [Path(part).expanduser() for part in _parts(dataset_name)]
+    return [found for path in paths for found in ([path] if path.exists() else _look_in(path)[1])]
+
+
+def _look_in(path: Path) -> tuple[Path, list[Path]]:
+    """A folder and all that is in it; of a glob the folder that it begins with, and what it matches; nothing hidden."""
+    whole = itertools.takewhile(lambda part: path.exists() or not GLOB.search(part), path.parts)
+    base = Path(*whole)
+    found = sorted(base.glob("**/*" if path == base else str(path.relative_to(base))))
+    return base, [p for p in found if not any(part[0] == "." for part in p.relative_to(base).parts)]
 
 
 def _declares_configs(readme: Path) -> bool:
@@ -86,9 +140,10 @@ def _declares_configs(readme: Path) -> bool:
         return False
 
 
-def _is_left_out(path: Path) -> bool:
-    words = {word for part in path.parts for word in re.split("[^a-z]+", part.lower())}
-    return path.name in NOT_DATA or bool(words & NOT_TRAINED_ON)
+def _is_of_another_split(path: Path, base: Path) -> bool:
+    """Whether a file or glob says, below the folder `base`, that it belongs to a split other than the training's."""
+    words = {word for part in path.relative_to(base).parts for word in re.split("[^a-z]+", part.lower())}
+    return bool(words & NOT_TRAINED_ON)
 
 
 def format_of(path: Path) -> str | None:

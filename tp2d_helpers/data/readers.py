@@ -71,7 +71,7 @@ def read_chats(files: list[str], columns: Columns, form: str, stamps: list[list[
         ConfigError: as `read_rows`, and with the line for a row that is no chat.
     """
     for path in map(Path, files):
-        word = "line" if format_of(path) == ".jsonl" else "row"
+        word = "line" if format_of(path) in (".jsonl", ".ndjson") else "row"
         for number, row in _read(path, columns, "document"):
             yield to_json(row, form, f"{word} {number} of {path}")
 
@@ -200,6 +200,7 @@ def _with_columns(rows: Iterator[Row], columns: Columns, path: Path) -> Iterator
 
 READERS: dict[str, Callable[[Path, Columns, str], Iterator[Row]]] = {
     ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -22,7 +22,7 @@ def load_text(
     text_column: str = "text",
     text_files: str = "document",
 ) -> datasets.Dataset:
-    """Load the train split: "demo", a local file or folder, or a hub id.
+    """Load a dataset: "demo", local files (see `local_files`), or a hub id: of its train split, or of `id:split`.
 
     It has a column `text_column` of text; or, if it is recognised as chats (see `chats`), a column of the format's name
     with each chat in JSON, and one that says where it stands.
@@ -83,10 +83,11 @@ def _chats(rows: datasets.Dataset, text_column: str) -> datasets.Dataset:
 
 
 def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> datasets.Dataset:
+    dataset_name, _, split = dataset_name.partition(":")
     name = dataset_config or DEFAULT_CONFIGS.get(dataset_name)
     builder = datasets.load_dataset_builder(dataset_name, name)
     by_row = {"sample_by": text_files} if hasattr(builder.config, "sample_by") else {}  # a dataset of .txt files
-    return datasets.load_dataset(dataset_name, name, split="train", **by_row)
+    return datasets.load_dataset(dataset_name, name, split=split or "train", **by_row)
 
 
 def _load_files(files: list[Path], text_column: str, text_files: str, form: str | None) -> datasets.Dataset:

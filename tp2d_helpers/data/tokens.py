@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from tp2d_helpers.cache import build_once, cache_dir, clear_cache
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chat_tokens import read_segments, tokenize_chats
-from tp2d_helpers.data.files import stamp
+from tp2d_helpers.data.files import paths_of, stamp
 from tp2d_helpers.data.folder import TokenWriter
 from tp2d_helpers.data.text import is_chats, load_text
 
@@ -87,10 +87,10 @@ def prepare_tokens(
     """
     versions = [LAYOUT, transformers.__version__, platform.python_version()]  # the demo's text comes with Python
     request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, text_files, *versions]
-    files = [model_name, dataset_name]
+    files = [model_name]
     if (chat_template, loss_on) != ("", "assistant"):
         request, files = [*request, chat_template, loss_on], [*files, chat_template]
-    stamps = [stamp(Path(name).expanduser()) for name in files if name]
+    stamps = [stamp(*(Path(name).expanduser() for name in files if name)), stamp(*paths_of(dataset_name))]
     key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:

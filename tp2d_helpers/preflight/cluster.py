@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tp2d_helpers.cache import cache_dir
 from tp2d_helpers.config import Config, ConfigError, reason
+from tp2d_helpers.data.files import paths_of
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import tp_bytes
@@ -144,8 +145,9 @@ def check_nodes(config: Config, probe: Path) -> str:
     """
     if len(_alive()) == 1:
         return ""
-    paths = {name: getattr(config, name) for name in ("model_name", "dataset_name", "eval_dataset_name")}
-    paths = {"storage_path": str(probe)} | {name: path for name, path in paths.items() if Path(path).is_absolute()}
+    paths = {"storage_path": [str(probe)], "model_name": [config.model_name] * Path(config.model_name).is_absolute()}
+    for name in ("dataset_name", "eval_dataset_name"):
+        paths[name] = [str(path) for path in paths_of(getattr(config, name))]
     look, demo, tasks = _look(), Path(config.model_name).parent == cache_dir(), {}
     for node in _alive():
         if node["Resources"].get("GPU" if config.use_gpu else "CPU"):
@@ -162,7 +164,7 @@ def check_nodes(config: Config, probe: Path) -> str:
                 trouble = f"can't look there ({reason(error)})"
         if not name:
             raise ConfigError(f"node {address}: {trouble}")
-        if not trouble and look({name: own}, SIGHT_SECONDS)[1]:
+        if not trouble and look({name: [own]}, SIGHT_SECONDS)[1]:
             trouble = "wrote a file there that the driver does not see"
         if trouble:
             found = f"{name} = {getattr(config, name)!r}: not shared: node {address} {trouble}"
@@ -173,7 +175,7 @@ def check_nodes(config: Config, probe: Path) -> str:
 def _look() -> Callable[..., tuple[str, str]]:
     """The task of `check_nodes`, a local function: it travels whole, and no node imports PyTorch to find a file."""
 
-    def look(paths: dict[str, str], seconds: float, own: str = "", demo: bool = False) -> tuple[str, str]:
+    def look(paths: dict[str, list[str]], seconds: float, own: str = "", demo: bool = False) -> tuple[str, str]:
         """(parameter at fault, why): what this node doesn't see of `paths` within `seconds`; "" if all is well.
 
         No parameter, if it is the node's environment.
@@ -183,10 +185,10 @@ def _look() -> Callable[..., tuple[str, str]]:
                 importlib.import_module("tp2d_helpers.preflight.environment").check_environment()
             except ValueError as error:
                 return "", str(error)
-        if demo and not Path(paths["model_name"]).exists():
+        if demo and not Path(*paths["model_name"]).exists():
             importlib.import_module("tp2d_helpers.demo").demo_model()
         end = time.monotonic() + seconds
-        for name, path in paths.items():
+        for name, path in [(name, path) for name, several in paths.items() for path in several]:
             while not Path(path).exists():
                 if time.monotonic() > end:
                     what = "the file that the driver wrote there" if name == "storage_path" else "it"
