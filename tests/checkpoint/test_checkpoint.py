@@ -228,16 +228,16 @@ def test_a_full_disk(train: Train, tmp_path: Path, outcomes: list, background: b
 
 def _fail_at_sample_40(names: dict) -> None:
     """A patch for `run_grid`: the 40th sample that a rank asks for can't be read."""
-    from tp2d_helpers.data import dataloader
+    from tp2d_helpers.data import dataset
 
-    read, count = dataloader.TokenDataset.__getitem__, itertools.count(1)
+    read, count = dataset.TokenDataset.__getitem__, itertools.count(1)
 
     def reading(self: object, index: int) -> dict:
         if next(count) == 40:
             raise OSError("sample can't be read")
         return read(self, index)
 
-    dataloader.TokenDataset.__getitem__ = reading
+    dataset.TokenDataset.__getitem__ = reading
 
 
 @pytest.mark.faults

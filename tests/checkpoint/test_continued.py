@@ -132,7 +132,7 @@ def test_another_precision_by_another_device(train: Train, tmp_path: Path, zero_
 
 
 def _tokenise_other_data(names: dict[str, Any]) -> None:
-    from tp2d_helpers.data.dataloader import TokenDataset
+    from tp2d_helpers.data.dataset import TokenDataset
 
     if os.environ["RANK"] == "1":
         TokenDataset.identity = {"documents": 1, "tokens": 2, "sha256": "3"}

@@ -14,7 +14,7 @@ from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.run_folder import FORMAT, last_step, read_manifest, write_manifest
 from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
-from tp2d_helpers.data.dataloader import TokenDataset
+from tp2d_helpers.data.dataset import TokenDataset
 from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.preflight.folder import check_checkpoints
 from tp2d_helpers.training.metrics import append

@@ -20,7 +20,8 @@ from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.resize import convert
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config
-from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset
+from tp2d_helpers.data.dataloader import GlobalBatchSampler
+from tp2d_helpers.data.dataset import TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.training.metrics import keep_until, read_metrics
 

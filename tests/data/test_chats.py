@@ -18,7 +18,7 @@ import pytest
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data import chat_tokens
 from tp2d_helpers.data.chats import from_json, to_json
-from tp2d_helpers.data.dataloader import IGNORED, TokenDataset
+from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
 from tp2d_helpers.data.tokens import example_segments, load_tokenizer, prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT

@@ -14,13 +14,8 @@ import torch
 from documents import DOCUMENTS, read, write
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.dataloader import (
-    IGNORED,
-    GlobalBatchSampler,
-    TokenDataset,
-    create_dataloader,
-    global_batches,
-)
+from tp2d_helpers.data.dataloader import GlobalBatchSampler, create_dataloader, global_batches
+from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT
 

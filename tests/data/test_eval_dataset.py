@@ -13,7 +13,7 @@ from grid import Run, assert_equal_runs
 
 from tp2d_helpers.checkpoint.settings import check_same_data
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.dataloader import TokenDataset, load_samples
+from tp2d_helpers.data.dataset import TokenDataset, load_samples
 from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import demo_documents
 

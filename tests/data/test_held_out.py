@@ -14,7 +14,8 @@ from documents import write
 
 from tp2d_helpers import demo
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.dataloader import IGNORED, TokenDataset, create_dataloader
+from tp2d_helpers.data.dataloader import create_dataloader
+from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.evaluation import held_out_batches
 from tp2d_helpers.data.tokens import prepare_tokens
 

@@ -27,9 +27,9 @@ NAP = 1.2
 def slow(names: dict) -> None:
     """A patch for `run_grid`: naps in each micro-batch, in each read of a held-out sample, in rank 1's writes."""
     from tp2d_helpers.checkpoint import disk
-    from tp2d_helpers.data import dataloader
+    from tp2d_helpers.data import dataset
 
-    read, load = dataloader.TokenDataset.__getitem__, names["load_checkpoint"]
+    read, load = dataset.TokenDataset.__getitem__, names["load_checkpoint"]
     reach_disk, disk.CHUNK = disk.File.reach_disk, 2**18
 
     def reading(self: object, index: int) -> dict:
@@ -47,7 +47,7 @@ def slow(names: dict) -> None:
         engine.register_forward_pre_hook(lambda *_: time.sleep(NAP))
         return load(engine, *args)
 
-    dataloader.TokenDataset.__getitem__, disk.File.reach_disk = reading, writing
+    dataset.TokenDataset.__getitem__, disk.File.reach_disk = reading, writing
     names["load_checkpoint"] = loading
 
 

@@ -9,7 +9,7 @@ __getattr__ = lazy(
         "load_tokenizer": "tokens",
         "example_segments": "tokens",
         "load_text": "text",
-        "TokenDataset": "dataloader",
+        "TokenDataset": "dataset",
         "GlobalBatchSampler": "dataloader",
         "create_dataloader": "dataloader",
         "global_batches": "dataloader",

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, default_collate
 
 from tp2d_helpers import heartbeat
-from tp2d_helpers.data.dataloader import IGNORED
+from tp2d_helpers.data.dataset import IGNORED
 
 if TYPE_CHECKING:
     import deepspeed

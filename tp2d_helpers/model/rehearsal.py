@@ -24,7 +24,7 @@ from transformers import masking_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tp2d_helpers.config import ConfigError, reason
-from tp2d_helpers.data.dataloader import IGNORED
+from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
 from tp2d_helpers.model.sharding import meta_model, random_model
 from tp2d_helpers.speed.loss import loss_from_logits

@@ -16,7 +16,8 @@ from packaging.version import Version
 from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
 from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
-from tp2d_helpers.data.dataloader import GlobalBatchSampler, TokenDataset, load_samples
+from tp2d_helpers.data.dataloader import GlobalBatchSampler
+from tp2d_helpers.data.dataset import TokenDataset, load_samples
 from tp2d_helpers.data.files import local_files
 from tp2d_helpers.data.tokens import SOURCE, load_tokenizer
 from tp2d_helpers.demo import display_name

@@ -14,7 +14,7 @@ from deepspeed.module_inject.layers import VocabParallelLinear
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
-from tp2d_helpers.data.dataloader import IGNORED
+from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.speed import reductions
 
 
