@@ -54,6 +54,13 @@ def test_names_of_the_hub(checkpoint: Callable[..., Path]) -> None:
         assert part in card.content, part
 
 
+def test_a_split_is_no_part_of_the_datasets_name(checkpoint: Callable[..., Path]) -> None:
+    """And prompts, which have line breaks, would break the table."""
+    settings = dict(dataset_name="Salesforce/wikitext:validation", sample_prompts="One\nTwo")
+    card = model_card(checkpoint(**settings), "Qwen/Qwen2.5-0.5B")
+    assert card.data.datasets == ["Salesforce/wikitext"] and "Two" not in card.content
+
+
 def test_local_names(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """No path of this machine, and no metadata that the hub would look for in vain."""
     folder = checkpoint(dataset_name=f"{tmp_path}/secret/text.jsonl,{tmp_path}/more.jsonl")

@@ -18,9 +18,9 @@ DEMO = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model of `dem
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that have lines of their own, or don't decide what is trained.
 LEFT_OUT = {"model_name", "dataset_name", "tp_size", "dp_size", "zero_stage", "precision", "use_gpu", "log_interval",
-            "eval_interval", "checkpoint_interval", "checkpoints_to_keep", "keep_checkpoints_by", "async_checkpoint",
-            "trust_checkpoint", "trust_remote_code", "storage_path", "experiment_name", "trackers", "max_failures",
-            "min_dp_size", "hang_timeout_seconds", "cluster_wait_seconds"}  # fmt: skip
+            "eval_interval", "sample_prompts", "checkpoint_interval", "checkpoints_to_keep", "keep_checkpoints_by",
+            "async_checkpoint", "trust_checkpoint", "trust_remote_code", "storage_path", "experiment_name",
+            "trackers", "max_failures", "min_dp_size", "hang_timeout_seconds", "cluster_wait_seconds"}  # fmt: skip
 
 
 def model_card(checkpoint: Path, model_name: str) -> ModelCard:
@@ -33,9 +33,10 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
     manifest = read_json(checkpoint / "rank_0.json")
     settings = manifest.get("settings") or read_json(checkpoint.parent / "config.json")
     model, data = shown(model_name), shown(settings.get("dataset_name", ""))
+    hub_dataset = data.partition(":")[0]  # without its split
     about = ModelCardData(
         base_model=model if HUB_ID.fullmatch(model) else None,
-        datasets=[data] if HUB_ID.fullmatch(data) else None,
+        datasets=[hub_dataset] if HUB_ID.fullmatch(hub_dataset) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
     )
