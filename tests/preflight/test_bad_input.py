@@ -518,7 +518,7 @@ def test_data_that_is_not_there(refused: Callable[..., None], name: str, parts: 
 
 def test_data_in_no_known_format(refused: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "data.xml").write_text("<text/>")
-    refused("data.xml", "one of .jsonl, .json, .csv, .parquet, .txt", dataset_name=str(tmp_path / "data.xml"))
+    refused("data.xml", "one of .jsonl, .ndjson, .json, .csv, .parquet, .txt", dataset_name=str(tmp_path / "data.xml"))
     (tmp_path / "folder").mkdir()
     refused("folder", "doesn't contain any data files", dataset_name=str(tmp_path / "folder"))
 
