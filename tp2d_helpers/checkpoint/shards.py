@@ -17,8 +17,20 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from tp2d_helpers.config import reason
 from tp2d_helpers.model.engine import PRECISIONS
 
+
+def _zero_stage(kind: type, name: str) -> ZeroStageEnum:
+    """A ZeRO stage by its name, and nothing else.
+
+    It stands in for `getattr`, which must not be called from a file: Python 3.11.0 to 3.11.3, Debian 12's among them,
+    writes a member of an enum as `getattr(ZeroStageEnum, name)`.
+    """
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r}, {name!r}")
+    return ZeroStageEnum[name]
+
+
 # All that DeepSpeed puts into its files besides tensors and plain containers.
-SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_zero_stage, "builtins.getattr")]
 
 Pieces = tuple[torch.Size, list[torch.Tensor]]  # of a shard: its shape, and what gives it when flattened, end to end
 
