@@ -124,7 +124,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         nodes = Nodes(cluster, second, plan.config)
         nodes.start()
         try:
-            result = tp2d_helpers.launch.launch(plan, slow_train_func)
+            result = tp2d_helpers.launch.launch(plan, slow_loop())
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -134,22 +134,27 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     )  # fmt: skip
 
 
-def slow_train_func(config: dict[str, Any]) -> None:
-    """Note the number of workers of each attempt, and give the nodes time to come and go during the run."""
-    from tp2d_helpers import train as loop
+def slow_loop() -> Callable[[dict[str, Any]], None]:
+    """`train_func`, slow enough for nodes to come and go. It is made here, as Ray sends such a function by value."""
 
-    step, fit = loop.train_step, loop.fit_to_world
+    def train_func(config: dict[str, Any]) -> None:
+        """Note the number of workers of each attempt, and take half a second more for each step."""
+        from tp2d_helpers import train as loop
 
-    def slow_step(*args: Any) -> Any:
-        time.sleep(0.5)
-        return step(*args)
+        step, fit = loop.train_step, loop.fit_to_world
 
-    def noting(config: dict, world_size: int) -> dict:
-        Path(config["storage_path"], config["experiment_name"], "world_size").write_text(str(world_size))
-        return fit(config, world_size)
+        def slow_step(*args: Any) -> Any:
+            time.sleep(0.5)
+            return step(*args)
 
-    loop.train_step, loop.fit_to_world = slow_step, noting
-    loop.train_func(config)
+        def noting(config: dict, world_size: int) -> dict:
+            Path(config["storage_path"], config["experiment_name"], "world_size").write_text(str(world_size))
+            return fit(config, world_size)
+
+        loop.train_step, loop.fit_to_world = slow_step, noting
+        loop.train_func(config)
+
+    return train_func
 
 
 @pytest.mark.faults
