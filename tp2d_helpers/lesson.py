@@ -28,6 +28,7 @@ def on_ranks(function: Callable[[int], Result], world_size: int = 2) -> list[Res
 
     @ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=here, runtime_env={"env_vars": CPU_ONLY})
     def run(rank: int, meeting_place: str) -> Result:
+        """One rank: join the group, call, leave."""
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # DeepSpeed asks for them
         dist.init_process_group("gloo", f"file://{meeting_place}", rank=rank, world_size=world_size)
         try:

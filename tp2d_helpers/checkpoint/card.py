@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from tp2d_helpers.checkpoint.files import read_json
+from tp2d_helpers.checkpoint.files import read_json, read_json_lines
 from tp2d_helpers.config import Config
 
 DEMO = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model of `demo` goes on after its shape
@@ -32,6 +31,8 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
     """
     manifest = read_json(checkpoint / "rank_0.json")
     settings = manifest.get("settings") or read_json(checkpoint.parent / "config.json")
+    records = read_json_lines(checkpoint.parent / "metrics.jsonl")
+    records = [record for record in records if record["step"] <= manifest.get("step", 0)]
     model, data = shown(model_name), shown(settings.get("dataset_name", ""))
     hub_dataset = data.partition(":")[0]  # without its split
     about = ModelCardData(
@@ -42,8 +43,8 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
     )
     sections = [
         f"# {settings.get('experiment_name', model)}",
-        _what(model, data, bool(DEMO.search(model_name)), manifest, _records(checkpoint)),
-        _table("Results", _results(manifest, _records(checkpoint))),
+        _what(model, data, bool(DEMO.search(model_name)), manifest, records),
+        _table("Results", _results(manifest, records)),
         _table("Grid", _grid(manifest)),
         _table("Settings", {name: shown(value) for name, value in settings.items() if _counts(name, value)}),
         _table("Versions", settings.get("versions", {})),
@@ -67,14 +68,6 @@ def shown(value: Any) -> Any:
         return value
     parts = [Path(part).name if Path(part).is_absolute() else part for part in value.split(",")]
     return DEMO.sub("", ",".join(parts))
-
-
-def _records(checkpoint: Path) -> list[dict[str, Any]]:
-    """Of `metrics.jsonl`, up to the checkpoint's step."""
-    path, step = checkpoint.parent / "metrics.jsonl", read_json(checkpoint / "rank_0.json").get("step", 0)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if record["step"] <= step]
 
 
 def _what(model: str, data: str, random: bool, manifest: dict[str, Any], records: list[dict[str, Any]]) -> str:

@@ -54,6 +54,12 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """An object per line; none without the file. An incomplete last line, of a killed process, is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote; empty if there is no such file, or it can't be read."""
     try:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tp2d_helpers import heartbeat, startup
-from tp2d_helpers.checkpoint.files import write_json
+from tp2d_helpers.checkpoint.files import read_json_lines, write_json
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.speed import graphs
 from tp2d_helpers.speed.devices import device_named
@@ -173,9 +173,7 @@ class StepMetrics:
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; an incomplete last line, of a process that was killed, is left out."""
-    path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(Path(path))
 
 
 def newest_step(path: str | os.PathLike[str]) -> int:
