@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from tp2d_helpers.cache import build_once, cache_dir
 
+BUILT = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model that is built here goes on after its shape
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048
 
@@ -97,8 +99,7 @@ def has_random_weights(model_name: str) -> bool:
 
 def display_name(model_name: str) -> str:
     """What to call a model where a reader sees it: the shape of one that this module built, a folder's own name."""
-    name = Path(model_name).name if Path(model_name).is_dir() else model_name
-    return name.split("-py")[0] if has_random_weights(model_name) else name
+    return BUILT.sub("", Path(model_name).name if Path(model_name).is_absolute() else model_name)
 
 
 def demo_model(shape: str = "demo") -> Path:

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tp2d_helpers.checkpoint.files import read_json, read_json_lines
 from tp2d_helpers.config import Config
+from tp2d_helpers.demo import BUILT, display_name
 
-DEMO = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model of `demo` goes on after its shape
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that have lines of their own, or don't decide what is trained.
 LEFT_OUT = {"model_name", "dataset_name", "tp_size", "dp_size", "zero_stage", "precision", "use_gpu", "log_interval",
@@ -43,7 +43,7 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
     )
     sections = [
         f"# {settings.get('experiment_name', model)}",
-        _what(model, data, bool(DEMO.search(model_name)), manifest, records),
+        _what(model, data, bool(BUILT.search(model_name)), manifest, records),
         _table("Results", _results(manifest, records)),
         _table("Grid", _grid(manifest)),
         _table("Settings", {name: shown(value) for name, value in settings.items() if _counts(name, value)}),
@@ -66,8 +66,7 @@ def shown(value: Any) -> Any:
     """A setting without local paths: of a model, file or folder the name, of the demo's cached models the shape."""
     if not isinstance(value, str):
         return value
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in value.split(",")]
-    return DEMO.sub("", ",".join(parts))
+    return ",".join(display_name(part) for part in value.split(","))
 
 
 def _what(model: str, data: str, random: bool, manifest: dict[str, Any], records: list[dict[str, Any]]) -> str:
