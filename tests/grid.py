@@ -218,9 +218,13 @@ def final_weights(
     """
     import deepspeed
 
+    from tp2d_helpers.model.lora import Adapter
     from tp2d_helpers.model.sharding import meta_model
 
     whole = {name: p.shape for name, p in meta_model(engine.module.config).named_parameters(remove_duplicate=False)}
+    for name, module in engine.module.named_modules():
+        if isinstance(module, Adapter):
+            whole |= {f"{name}.A": module.wholes[0], f"{name}.B": module.wholes[1]}
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     distinct = list({id(p): p for p in parameters.values()}.values())
     stage_3 = any(hasattr(p, "ds_id") for p in distinct)

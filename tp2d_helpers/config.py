@@ -79,6 +79,11 @@ class Config(BaseModel):
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     optimizations: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    # LoRA: adapters are trained, and the model's own weights stay as they are.
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_targets: Name = "all-linear"
     # Length of the run, what it prints and keeps.
     debug_steps: NonNegativeInt = 0
     log_interval: PositiveInt = 5

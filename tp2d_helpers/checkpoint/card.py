@@ -29,8 +29,7 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
         checkpoint: a folder `checkpoint_<n>` in the run's folder. What isn't there isn't told.
         model_name: the model that training began with.
     """
-    manifest = read_json(checkpoint / "rank_0.json")
-    settings = manifest.get("settings") or read_json(checkpoint.parent / "config.json")
+    manifest, settings = read_json(checkpoint / "rank_0.json"), run_settings(checkpoint)
     records = read_json_lines(checkpoint.parent / "metrics.jsonl")
     records = [record for record in records if record["step"] <= manifest.get("step", 0)]
     model, data = shown(model_name), shown(settings.get("dataset_name", ""))
@@ -51,6 +50,11 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
         "The licences of the model that training began with and of the data apply.",
     ]
     return ModelCard("---\n" + about.to_yaml() + "\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def run_settings(checkpoint: Path) -> dict[str, Any]:
+    """The settings that a checkpoint was trained by; empty if neither it nor its run's folder has them."""
+    return read_json(checkpoint / "rank_0.json").get("settings") or read_json(checkpoint.parent / "config.json")
 
 
 def _counts(name: str, value: Any) -> bool:

@@ -21,10 +21,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from tp2d_helpers.checkpoint.card import model_card
-from tp2d_helpers.checkpoint.files import read_json
+from tp2d_helpers.checkpoint.adapters import Adapters, whole_weight
+from tp2d_helpers.checkpoint.card import model_card, run_settings
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
-from tp2d_helpers.checkpoint.shards import Pieces, merge, open_shards, read
+from tp2d_helpers.checkpoint.shards import Pieces, open_shards
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts
 
@@ -48,6 +48,8 @@ def export_checkpoint(
 ) -> Path:
     """Write `config.json`, `generation_config.json`, safetensors, tokenizer and model card of a checkpoint's model.
 
+    With LoRA, the weights have the adapters merged into them, and a folder `adapter` in it has these alone, for peft.
+
     The safetensors have the names and values that `save_pretrained` would give the trained model: its weights, in the
     dtype they were trained in (bf16: the rounding of the fp32 masters), and its persistent buffers. To publish it:
     `hf upload <user>/<repository> <run>/export`.
@@ -69,16 +71,26 @@ def export_checkpoint(
     whole = {name: parameter.to(model.config.dtype) for name, parameter in model.meta.named_parameters()}
     tied = dict(model.meta.named_parameters(remove_duplicate=False))  # under each of their names
     whole |= {name: _buffer(name, ranks) for name in model.meta.state_dict() if name not in tied}
+    settings = run_settings(tag.parent)
+    adapters = Adapters(model, ranks, settings | {"model_name": model_name}) if settings.get("lora_rank") else None
+    merged = adapters and adapters.merged(trust_remote_code)
+
+    def weight(name: str) -> torch.Tensor:
+        """A whole weight, or buffer."""
+        from_shards = merged is None or name not in tied
+        return whole_weight(name, ranks, whole[name].shape, whole[name].dtype) if from_shards else merged(name)
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         new = Path(scratch, "new")
         model.config.save_pretrained(new)
         # With the chat template that the run was trained by: what answers must be asked in the same form.
-        template = read_json(tag.parent / "rank_0.json").get("settings", {}).get("chat_template", "")
-        load_tokenizer(model_name, trust_remote_code, template).save_pretrained(new)
+        load_tokenizer(model_name, trust_remote_code, settings.get("chat_template", "")).save_pretrained(new)
         with contextlib.suppress(OSError):  # not every model has one
             shutil.copy(cached_file(model_name, "generation_config.json"), new)
-        _write_weights(new, model.meta, whole, ranks)
+        _write_weights(new, model.meta, whole, weight)
+        if adapters:
+            adapters.save(new / "adapter")
         model_card(tag.parent, model_name).save(new / "README.md")
         if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
             folder.rename(Path(scratch, "older"))
@@ -151,23 +163,15 @@ def published(
 
 
 def _write_weights(
-    folder: Path, model: torch.nn.Module, whole: dict[str, torch.Tensor], ranks: list[dict[str, Pieces]]
+    folder: Path, model: torch.nn.Module, whole: dict[str, torch.Tensor], weight: Callable[[str], torch.Tensor]
 ) -> None:
     """One safetensors file, or several and their index.
 
     Args:
         model: without storage.
         whole: by its names, tensors of the shapes and dtypes to write.
+        weight: gives one of them, by its name.
     """
-
-    def weight(name: str) -> torch.Tensor:
-        """A whole weight, put together from the ranks' shards."""
-        if any(name not in shards for shards in ranks):
-            raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
-        replicated = ranks[0][name][0] == whole[name].shape
-        shards = [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)]
-        return merge(name, shards, whole[name].shape, whole[name].dtype)
-
     targets, target = published(model, whole, weight)
     plan = split_torch_state_dict_into_shards(targets, max_shard_size=MAX_FILE_BYTES)
     for file, names in plan.filename_to_tensors.items():

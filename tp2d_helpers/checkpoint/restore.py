@@ -12,6 +12,18 @@ import torch
 import transformers
 
 
+def load_trained(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """Load a checkpoint's weights. With LoRA it has the adapters alone: what is frozen is there already.
+
+    Raises:
+        RuntimeError: with the names, if it lacks something that is trained, or has something else.
+    """
+    frozen = {name for name, weight in dst.named_parameters(remove_duplicate=False) if not weight.requires_grad}
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    if wrong := [*set(missing) - frozen, *unexpected]:
+        raise RuntimeError(f"the checkpoint is of another model: {len(wrong)} weights differ, such as {wrong[0]}")
+
+
 @contextlib.contextmanager
 def settings_stay(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     """Keep what the user has set from the checkpoint that is loaded within, which brings the settings of its time."""

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tp2d_helpers.checkpoint import run_folder
 from tp2d_helpers.checkpoint.resize import UNIVERSAL, safe_loading, universal_checkpoint
 from tp2d_helpers.checkpoint.restore import (
+    load_trained,
     random_states,
     set_random_states,
     settings_stay,
@@ -76,7 +77,8 @@ def save_checkpoint(
     # Universal checkpoints lack it; those of stage 0, which has none, load on their own grid only.
     scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
     state = {**dataclasses.asdict(progress), "loss_scaler": scaler and vars(scaler)}
-    engine.save_checkpoint(str(folder), tag=f"step_{step:08d}", client_state=state)
+    tag = f"step_{step:08d}"
+    engine.save_checkpoint(str(folder), tag=tag, client_state=state, exclude_frozen_parameters=True)
     writer.save(random_states(), str(folder / f"random_{dist.get_rank()}.pt"))
     metrics = {"loss": avg_loss, "epoch": epoch, "step": step} | ({} if eval_loss is None else {"eval_loss": eval_loss})
     where = {"step": step, "epoch": epoch, "epoch_step": epoch_step}
@@ -138,7 +140,7 @@ def load_checkpoint(
     engine.load_universal_checkpoint = lambda: tag == UNIVERSAL
     try:
         with safe_loading(), settings_stay(engine), without_padding(engine):
-            path, state = engine.load_checkpoint(str(folder), tag=tag)
+            path, state = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
     del engine.load_universal_checkpoint

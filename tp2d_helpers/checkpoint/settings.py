@@ -19,7 +19,7 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
 IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
             "packing", "seq_length", "seed", "eval_samples", "eval_dataset_name", "precision",
-            "master_weights")  # fmt: skip
+            "master_weights", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
 RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
 

@@ -18,7 +18,7 @@ from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tp2d_helpers.model.sharding import planned_shapes
+from tp2d_helpers.model.sharding import divided_dimension, planned_shapes
 from tp2d_helpers.speed.layers import block_input, column_layers
 
 
@@ -33,7 +33,7 @@ def convert(model: torch.nn.Module, tp_size: int) -> set[str]:
         ValueError, NotImplementedError: if AutoTP refuses the model, or divides it otherwise than planned.
     """
     planned = planned_shapes(model, tp_size)
-    wanted = {name: _cut(parameter.shape, planned[name]) for name, parameter in model.named_parameters()}
+    wanted = {name: divided_dimension(parameter.shape, planned[name]) for name, parameter in model.named_parameters()}
     specs = TPPlanConverter.convert(_get_hf_tp_plan(model))
     plan = AutoTPConfig(tp_size=tp_size, layer_specs=specs)
     autotp = AutoTP(
@@ -55,10 +55,6 @@ def convert(model: torch.nn.Module, tp_size: int) -> set[str]:
         embedding.padding_idx = None  # an index of the whole vocabulary, as long as there is no group
     matching = {name: plan.find_matching_spec(name, autotp._get_model_type()) for name in planned}
     return {name for name, spec in matching.items() if spec and spec.grad_allreduce}
-
-
-def _cut(whole: torch.Size, shard: torch.Size) -> int | None:
-    return next((dim for dim, sizes in enumerate(zip(whole, shard, strict=True)) if sizes[0] != sizes[1]), None)
 
 
 def _cuts(model: torch.nn.Module) -> Iterator[tuple[str, int | None]]:

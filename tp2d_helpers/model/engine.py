@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
+from tp2d_helpers.model.lora import add_adapters, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.rehearsal import rehearse
 from tp2d_helpers.model.sharding import check_shards, planned_shapes
@@ -105,6 +106,7 @@ def setup_model_with_autotp(
     transformers.set_seed(seed)
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
     planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
+    adapters = add_adapters(model, config, planned, mpu) if config.get("lora_rank") else {}
     needs.meet(model, mpu.tp_group)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -113,6 +115,8 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
+    if adapters:
+        join(engine.module, adapters)
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.

@@ -53,11 +53,13 @@ class Rehearsal:
         """Change the loaded model so that it is equal to one process; before AutoTP divides it."""
         if self.own_loss:
             loss_from_logits(model)
-        for name in self.summed:
-            model.get_parameter(name).register_hook(partial(_sum, tp_group))
+        for parameter in map(model.get_parameter, self.summed):
+            if parameter.requires_grad:
+                parameter.register_hook(partial(sum_over, tp_group))
 
 
-def _sum(tp_group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
+def sum_over(tp_group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
+    """A hook of a weight: the sum of its gradients over the group, as a new tensor."""
     total = gradient.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=tp_group)
     return total

@@ -128,6 +128,11 @@ def planned_shapes(model: torch.nn.Module, tp_size: int) -> dict[str, torch.Size
     return shapes
 
 
+def divided_dimension(whole: torch.Size, shard: torch.Size) -> int | None:
+    """In which dimension a weight is divided; None if it stays whole."""
+    return next((dim for dim, sizes in enumerate(zip(whole, shard, strict=True)) if sizes[0] != sizes[1]), None)
+
+
 def _vocabulary(model: torch.nn.Module) -> set[int]:
     """Ids of what is cut by vocabulary: the head's weight, which may be the embedding's, too, and its bias."""
     head = model.get_output_embeddings()

@@ -26,7 +26,8 @@ class WholeWeights:
         """
         self.group, whole = group, []
         if group.size() > 1:
-            whole = [item for item in model.named_parameters() if not is_model_parallel_parameter(item[1])]
+            trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+            whole = [(name, weight) for name, weight in trained if not is_model_parallel_parameter(weight)]
         self.weights = dict(whole)
         self.start = self._sums()
         self.compare("they were not loaded, or drawn, alike")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from tp2d_helpers import startup
 from tp2d_helpers.config import OPTIMIZATIONS
-from tp2d_helpers.speed import graphs, layers, reductions
+from tp2d_helpers.speed import frozen, graphs, layers, reductions
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 from tp2d_helpers.speed.loss import fuse_loss
 from tp2d_helpers.speed.optimizer import fuse_step
@@ -27,7 +27,8 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     """(names of `OPTIMIZATIONS` that a run uses, why one that was asked for is left out).
 
     "auto" takes all that help: on CPUs, compilation costs a minute and gains little; graphs are for one GPU per copy
-    of the model. Copies are between two peers, and not in a graph: each goes to another inbox than the one before.
+    of the model. Copies are between two peers, and not in a graph: each goes to another inbox than the one before; nor
+    are they beside frozen weights, without whose gradients there is nothing to hide them behind.
     """
     names, stage, tp_size = config.get("optimizations", "auto"), config.get("zero_stage", 1), config.get("tp_size", 1)
     chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
@@ -36,7 +37,7 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     recomputes = config.get("activation_checkpointing", "none") != "none"
     if not on_gpu or recomputes or (names == "auto" and tp_size > 1):
         chosen.discard("cuda_graph")
-    if "cuda_graph" in chosen or not (on_gpu and peers_copy(chosen, tp_size)):
+    if "cuda_graph" in chosen or config.get("lora_rank") or not (on_gpu and peers_copy(chosen, tp_size)):
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
@@ -65,7 +66,7 @@ def optimize(
     shape = config["batch_size_per_gpu"], config["seq_length"]
     graphs.skip_search_for_packed_samples(model)
     if "block_all_reduce" in names:
-        layers.reduce_once_per_block(model, blocks)
+        (frozen.enter_once_per_block if config.get("lora_rank") else layers.reduce_once_per_block)(model, blocks)
     if "peer_copies" in names:
         elements = math.prod(shape) * model.config.get_text_config().hidden_size
         _say("no peer_copies but NCCL", reductions.copy_between_peers(tp_group, elements, model.dtype))

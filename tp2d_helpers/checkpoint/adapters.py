@@ -1,0 +1,96 @@
+"""The adapters in a checkpoint of a LoRA run: merged into the model's weights, and as a folder that peft loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+
+from tp2d_helpers.checkpoint.shards import Pieces, merge, read
+from tp2d_helpers.model.engine import load_model
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import SUFFIX, targets
+
+PREFIX = "base_model.model."  # that peft puts before a module's name
+
+
+def whole_weight(name: str, ranks: list[dict[str, Pieces]], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A whole weight, put together from the shards of the TP ranks.
+
+    Raises:
+        ValueError: if a rank lacks it, or the shards don't make it.
+    """
+    if any(name not in shards for shards in ranks):
+        raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
+    replicated = ranks[0][name][0] == shape
+    return merge(name, [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)], shape, dtype)
+
+
+class Adapters:
+    """The adapters of a checkpoint, whole.
+
+    Args:
+        model: what training began with.
+        ranks: each TP rank's shards (`open_shards`).
+        settings: the run's, as its config.json has them.
+    """
+
+    def __init__(self, model: ModelFacts, ranks: list[dict[str, Pieces]], settings: dict[str, Any]) -> None:
+        self.model, self.ranks, self.settings = model, ranks, settings
+        self.rank, self.dtype = settings["lora_rank"], model.config.dtype
+        self.targets = targets(model.meta, settings["lora_targets"])
+
+    def matrices(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [r, in], B [out, r]) of a layer."""
+        inputs, outputs = self.targets[layer]
+        shapes = {"A": torch.Size([self.rank, inputs]), "B": torch.Size([outputs, self.rank])}
+        names = {kind: f"{layer}{SUFFIX}.{kind}" for kind in shapes}
+        return tuple(whole_weight(names[kind], self.ranks, shapes[kind], self.dtype) for kind in shapes)
+
+    def merged(self, trust_remote_code: bool) -> Callable[[str], torch.Tensor]:
+        """What gives a weight of the model by its name: W, or W + s · B A in fp32, rounded once to its dtype.
+
+        The model's own weights stay mapped files, as far as they have the dtype that was trained in.
+        """
+        transformers.set_seed(self.settings["seed"])  # what the files lack was drawn from it
+        base = load_model(self.settings["model_name"], self.dtype, trust_remote_code)
+        scale = self.settings["lora_alpha"] / self.rank
+
+        def weight(name: str) -> torch.Tensor:
+            """A whole weight."""
+            found, (layer, _, kind) = base.get_parameter(name).detach(), name.rpartition(".")
+            if layer not in self.targets or kind != "weight":
+                return found.contiguous()
+            A, B = (matrix.float() for matrix in self.matrices(layer))
+            product = scale * B @ A
+            return (found.float() + (product if found.shape == product.shape else product.T)).to(self.dtype)
+
+        return weight
+
+    def save(self, folder: Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads."""
+        folder.mkdir()
+        tensors = {}
+        for layer in self.targets:
+            A, B = self.matrices(layer)
+            tensors |= {f"{PREFIX}{layer}.lora_A.weight": A, f"{PREFIX}{layer}.lora_B.weight": B}
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        linear = dict(self.model.meta.named_modules())
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.settings["model_name"],
+            "r": self.rank,
+            "lora_alpha": self.settings["lora_alpha"],
+            "lora_dropout": self.settings["lora_dropout"],
+            "target_modules": list(dict.fromkeys(layer.rpartition(".")[2] for layer in self.targets)),
+            "fan_in_fan_out": any(not isinstance(linear[layer], torch.nn.Linear) for layer in self.targets),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,165 @@
+"""LoRA: a low-rank adapter beside each frozen matrix (Hu et al. 2021), divided as AutoTP divides that matrix.
+
+y = W x + s · B A x, with A [r, in] drawn at random, B [out, r] zero at the start, W [out, in] frozen, and s the setting
+`lora_alpha` divided by r.
+
+| layer | W | A | B | summed over the TP group |
+|---|---|---|---|---|
+| column-wise | its outputs divided | whole | divided, as W | the gradient of A |
+| row-wise | its inputs divided | divided, as W | whole | the gradient of B |
+
+A divided layer's adapter adds to that rank's part of the output, before the all-reduce of a row-wise layer, so no
+activation travels that wouldn't without it. The whole one of the two matrices meets activations of which each rank has
+a part: its gradient is a part, too (the rule of peft #3079).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL, TensorParallel_Layer
+from transformers.pytorch_utils import Conv1D
+
+from tp2d_helpers.config import ConfigError
+from tp2d_helpers.model.mpu import ModelParallelUnit
+from tp2d_helpers.model.rehearsal import sum_over
+from tp2d_helpers.model.sharding import divided_dimension
+from tp2d_helpers.speed.frozen import freeze
+from tp2d_helpers.speed.layers import decoder_layers
+
+LINEAR = (torch.nn.Linear, Conv1D)
+ALL = "all-linear"  # of `lora_targets`
+SUFFIX = "_lora"  # a layer's adapter hangs beside it, under its name and this
+
+
+class Adapter(torch.nn.Module):
+    """s · B A x of one layer, on one rank of a TP group. `A` is [r, in], or [r, in/t]; `B` [out, r], or [out/t, r].
+
+    Dropout, of x, draws for the whole width on each rank and takes its own part, so that a run is the same at every
+    tp_size as long as the ranks of a TP group draw alike.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], config: dict[str, Any], draw: torch.Generator, cut: int | None, mpu: Any
+    ) -> None:
+        """An adapter of a layer of (in, out) features; `cut` is the dimension of its weight that is divided."""
+        super().__init__()
+        (self.inputs, outputs), rank = size, config["lora_rank"]
+        self.scale, self.dropout, self.cut = config["lora_alpha"] / rank, config["lora_dropout"], cut
+        self.tp_world_size, self.rank = (1, 0) if cut is None else (mpu.tp_group.size(), mpu.tp_rank)
+        A, B = torch.empty(rank, self.inputs), torch.zeros(outputs, rank)
+        torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=draw)  # as nn.Linear and peft do
+        self.size = A.numel() + B.numel()  # of the whole
+        self.wholes = (A.shape, B.shape)
+        # Copies, as AdamW's fused kernel takes a view with gaps for one without.
+        self.A = torch.nn.Parameter(self._part(A, 1).contiguous() if cut == 1 else A)
+        self.B = torch.nn.Parameter(self._part(B, 0).clone() if cut == 0 else B)
+        if cut is not None:
+            divided, whole = (self.A, self.B) if cut else (self.B, self.A)
+            setattr(divided, DS_TENSOR_MODEL_PARALLEL, True)  # its norm is added up over the ranks
+            whole.register_hook(partial(sum_over, mpu.tp_group))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., out or out/t], from x [..., in or in/t]: what is added to the layer's output on this rank."""
+        if self.training and self.dropout:
+            kept = F.dropout(x.new_ones(*x.shape[:-1], self.inputs), self.dropout)
+            x = x * (self._part(kept, -1) if self.cut == 1 else kept)
+        return self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def _part(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
+        return whole.chunk(self.tp_world_size, dim)[self.rank]
+
+    def _mark_uc_metadata(self) -> None:
+        """Note how the divided one is cut, for a checkpoint that loads on other grids; called by DeepSpeed."""
+        if self.cut is None:
+            return
+        divided, whole = (self.A, self.wholes[0]) if self.cut else (self.B, self.wholes[1])
+        sizes = [whole[self.cut] // self.tp_world_size] * self.tp_world_size
+        TensorParallel_Layer._set_param_uc_meta(
+            self, divided, partition_type="row" if self.cut else "column", partition_dim=self.cut,
+            logical_shape=tuple(whole), output_shape=tuple(whole), partition_sizes=sizes, original_shape=tuple(whole),
+        )  # fmt: skip
+
+
+def targets(model: torch.nn.Module, lora_targets: str) -> dict[str, tuple[int, int]]:
+    """The layers that get an adapter, by name, and their (in, out) features. A meta model will do.
+
+    These are linear layers of the decoder: never the embedding or the head.
+
+    Args:
+        lora_targets: "all-linear", or the last parts of their names, with commas between.
+
+    Raises:
+        ConfigError: for a name that none of them has.
+    """
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    linear = {name: m for name, m in model.named_modules() if id(m) in inside and isinstance(m, LINEAR)}
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    wanted = kinds if lora_targets == ALL else [name.strip() for name in lora_targets.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in kinds]
+    if unknown or not wanted:
+        raise ConfigError(
+            f"lora_targets = {lora_targets!r}: no linear layer of the decoder is called {', '.join(unknown) or 'so'}; "
+            f"must be {ALL!r}, or some of {', '.join(kinds) or '(this model has none)'}"
+        )
+    found = {name: m for name, m in linear.items() if name.rpartition(".")[2] in wanted}
+    return {name: tuple(m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in found.items()}
+
+
+def adapter_parameters(model: torch.nn.Module, config: dict[str, Any]) -> int:
+    """Parameters of all adapters of a run, whole: r · (in + out) of each target. 0 without LoRA."""
+    if not config["lora_rank"]:
+        return 0
+    return config["lora_rank"] * sum(map(sum, targets(model, config["lora_targets"]).values()))
+
+
+def add_adapters(
+    model: torch.nn.Module, config: dict[str, Any], planned: dict[str, torch.Size], mpu: ModelParallelUnit
+) -> dict[str, Adapter]:
+    """Freeze a loaded model and hang an adapter beside each target; before DeepSpeed divides it. See `join`.
+
+    They are drawn from the run's seed alone: the same on all ranks, at every grid.
+
+    Args:
+        planned: the shapes that AutoTP will give the model's weights (`sharding.planned_shapes`).
+
+    Returns:
+        the adapters, by the names of the layers.
+    """
+    model.requires_grad_(False)
+    draw, adapters = torch.Generator().manual_seed(config["seed"]), {}
+    for name, size in targets(model, config["lora_targets"]).items():
+        weight = model.get_submodule(name).weight
+        cut = divided_dimension(weight.shape, planned[f"{name}.weight"])
+        adapters[name] = Adapter(size, config, draw, cut, mpu).to(weight.dtype)
+    for name, adapter in adapters.items():
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent).add_module(own + SUFFIX, adapter)
+    model.register_state_dict_post_hook(_leave_out_frozen)
+    return adapters
+
+
+def join(model: torch.nn.Module, adapters: dict[str, Adapter]) -> None:
+    """Let each layer, now that AutoTP has made it, add its adapter's output to its own."""
+    freeze(model)
+    for name, adapter in adapters.items():
+        layer = model.get_submodule(name)
+        if adapter.cut is None:
+            layer.register_forward_hook(partial(_add, adapter))
+        else:
+            layer.adapter = (adapter,)  # in a tuple: it stays a part of the block alone
+
+
+def _add(adapter: Adapter, _: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output + adapter(args[0])
+
+
+def _leave_out_frozen(model: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A checkpoint has what is trained: the rest is what `model_name` has."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
