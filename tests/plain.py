@@ -1,16 +1,21 @@
-"""Training in PyTorch and transformers alone: what every run of the package is to equal."""
+"""Training in PyTorch and transformers, and for LoRA peft, alone: what every run of the package is to equal."""
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from typing import Any
 
+import peft
 import torch
 import transformers
 from grid import Run
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
+from tp2d_helpers.model.lora import add_adapters
+from tp2d_helpers.model.sharding import planned_shapes
 
 
 def rate_of(settings: dict[str, Any], done: int, total: int) -> float:
@@ -39,12 +44,15 @@ def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after
     """
     torch.manual_seed(config["seed"])
     model = AutoModelForCausalLM.from_pretrained(config["model_name"], dtype=torch.float32).train()
+    if config["lora_rank"]:
+        model = with_peft(model, config)
     share = config["dp_size"] * config["gradient_accumulation_steps"]
     whole = {**config, "batch_size_per_gpu": config["batch_size_per_gpu"] * share, "dp_size": 1,
              "gradient_accumulation_steps": 1}  # fmt: skip
     loader = create_dataloader(dp_rank=0, **data_settings(whole))
     decaying = set(transformers.Trainer.get_decay_parameter_names(None, model))  # another rule than the package's
-    groups = [[p for name, p in model.named_parameters() if (name in decaying) == decays] for decays in (True, False)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [[p for name, p in trained.items() if (name in decaying) == decays] for decays in (True, False)]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups if group])
     records = []
     for epoch in range(config["num_epochs"]):
@@ -57,10 +65,29 @@ def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after
                 group.update(lr=rate, weight_decay=decay, **adam)
             loss = model(**batch, use_cache=False).loss
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), now["max_grad_norm"])
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), now["max_grad_norm"])
             optimizer.step()
             optimizer.zero_grad()
             records.append(dict(step=len(records) + 1, epoch=epoch, loss=loss.item(), grad_norm=norm.item(),
                                 learning_rate=rate, tokens=tokens))  # fmt: skip
-    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    weights = {_ours(name): p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     return Run(config, records, weights, replicated={}, sharded={}, copies={})
+
+
+def with_peft(model: transformers.PreTrainedModel, config: dict[str, Any]) -> peft.PeftModel:
+    """The model with peft's adapters, which begin with the numbers that the package draws."""
+    other = copy.deepcopy(model)
+    ours = add_adapters(other, config, planned_shapes(other, 1), None)
+    names = sorted({layer.rpartition(".")[2] for layer in ours})
+    lora = peft.LoraConfig(r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=names, bias="none",
+                           lora_dropout=config["lora_dropout"], task_type="CAUSAL_LM")  # fmt: skip
+    model = peft.get_peft_model(model, lora).train()
+    for layer, adapter in ours.items():
+        model.get_submodule(f"base_model.model.{layer}.lora_A.default").weight.data.copy_(adapter.A)
+    return model
+
+
+def _ours(name: str) -> str:
+    """The package's name of a weight that peft calls so; any other name as it is."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"\.lora_([AB])\.default\.weight$", r"_lora.\1", name)

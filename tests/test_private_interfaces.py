@@ -191,6 +191,26 @@ def deepspeed_universal() -> None:
     }  # fmt: skip
 
 
+@interface("_ds_grad_allreduce_registered")
+def deepspeed_gradient_hooks() -> None:
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    source = inspect.getsource(AutoTP.register_replicated_grad_hooks)
+    assert 'if getattr(param, "_ds_grad_allreduce_registered", False):\n                continue' in source
+
+
+@interface("_set_param_uc_meta")
+def deepspeed_universal_metadata() -> None:
+    from deepspeed.module_inject import layers
+
+    known = inspect.signature(layers.TensorParallel_Layer._set_param_uc_meta).parameters
+    used = ("param", "partition_type", "partition_dim", "logical_shape", "output_shape", "partition_sizes")
+    assert {"self", *used, "original_shape"} <= set(known)
+    assert 'marker = getattr(module, "_mark_uc_metadata", None)' in inspect.getsource(
+        layers.collect_autotp_universal_checkpoint_info
+    )
+
+
 @interface("ds_shape")
 def deepspeed_stage_3() -> None:
     from deepspeed.runtime.zero import partition_parameters

@@ -123,7 +123,7 @@ def measure(job: dict[str, Any], rank: int) -> None:
     trainer = build(job, rank)
     synchronize()
     gpu = device_named(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    flops = ModelFacts.of(trainer.config).flops_per_token(job["seq"])
+    flops = ModelFacts.of(trainer.config).flops_per_token(job["seq"], trainer.adapters)
     found: dict[str, Any] = dict(
         setup_seconds=time.time() - began,
         init_peak_gib=peak_gib(device),

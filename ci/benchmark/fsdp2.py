@@ -90,10 +90,21 @@ def initialise(model: torch.nn.Module, device: torch.device, rank: int) -> None:
         shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if parameter.ndim > 1:
             shard.normal_(std=config.initializer_range, generator=generator)
+            shard.mul_("lora_B" not in name)  # zero at the start
         else:
             shard.fill_(0.0 if name.endswith("bias") else 1.0)
     with device:  # its buffers are computed, not loaded
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
+
+
+def add_peft_adapters(model: torch.nn.Module, rank: int) -> None:
+    """peft's LoRA on all linear layers but the head; nothing else is trained."""
+    import peft
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=32, target_modules=names), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -110,7 +121,12 @@ class Peer:
         self.mesh = init_device_mesh(self.device.type, (job["dp"], job["tp"]), mesh_dim_names=("dp", "tp"))
         self.config = load_config(job["model"])
         self.config.use_cache = False
+        self.lora = bool(job["lora_rank"])
         self.model = meta_model(self.config).float()
+        if self.lora:
+            add_peft_adapters(self.model, job["lora_rank"])
+            if cuda:  # all of it in bf16, also AdamW's moments: FSDP2 takes one dtype per group
+                self.model.to(torch.bfloat16)
         self.sync_last = job["sync"] == "last"
         # Not compiled where the vocabulary is divided: with PyTorch 2.13 (on CPU) that yields another value.
         alone = cuda and job["tp"] == 1
@@ -131,10 +147,11 @@ class Peer:
         self.positions = torch.arange(job["seq"], device=self.device)[None]
         # A group per mesh, as a fused kernel can't take both: without sequence parallel, norms are not on TP's.
         groups: dict[int, list[torch.nn.Parameter]] = {}
-        for parameter in self.model.parameters():
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in trained:
             groups.setdefault(parameter.device_mesh.ndim, []).append(parameter)
         # What TP ranks hold copies of; a tensor, for the norm of the gradients without a wait for the GPU.
-        copies = [p.device_mesh.ndim == 1 or p.placements[-1].is_replicate() for p in self.model.parameters()]
+        copies = [p.device_mesh.ndim == 1 or p.placements[-1].is_replicate() for p in trained]
         self.copied = torch.tensor(copies, device=self.device)
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups.values()], lr=1e-5, weight_decay=0.01, fused=True
@@ -166,7 +183,8 @@ class Peer:
 
     def update(self) -> None:
         """Clip by the global norm, step, forget the gradients."""
-        self.norm = clip_gradients(list(self.model.parameters()), self.copied, self.mesh)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.norm = clip_gradients(trained, self.copied, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -200,7 +218,8 @@ def micro_pipeline_tp(mesh: DeviceMesh) -> None:
 def fsdp2_trainer(job: dict[str, Any], rank: int) -> Trainer:
     """The peer, ready to be measured."""
     peer = Peer(job, rank)
-    local = sum(parameter.to_local().numel() for parameter in peer.model.parameters())
+    sizes = {parameter: parameter.to_local().numel() for parameter in peer.model.parameters()}
+    local, trained = sum(sizes.values()), sum(size for p, size in sizes.items() if p.requires_grad)
     return Trainer(
         config=peer.config,
         dp_rank=rank // job["tp"],
@@ -208,5 +227,6 @@ def fsdp2_trainer(job: dict[str, Any], rank: int) -> Trainer:
         update=(peer, "update"),
         norm=lambda: peer.norm,
         # Masters and moments are divided over DP; the bf16 weights are whole while a step runs.
-        state_bytes=12 * local + 2 * local * job["dp"],
+        state_bytes=(4 if peer.lora else 12) * trained + 2 * local * job["dp"],
+        adapters=trained * job["dp"] if peer.lora else 0,
     )

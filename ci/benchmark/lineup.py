@@ -8,9 +8,9 @@ from typing import Any
 TEMPLATE_SEQ = 2048  # of the template's settings at the large shape
 DEFAULT = ("ours", "fsdp2_sp", "template_settings", "dp_zero1", "ours_text", "template", "fsdp2_tp", "dp_zero3",
            "ours_1x512")  # fmt: skip
-ALSO = ("fsdp2_async", "fsdp2_dp", "ours_text_dp", "torchtitan")  # by name only
+ALSO = ("ours_lora", "fsdp2_lora", "fsdp2_async", "fsdp2_dp", "ours_text_dp", "torchtitan")  # by name only
 SMALL = ("template", "ours_text", "ours_text_dp", "ours_1x512")  # at the small shape
-OURS = ("ours", "ours_text", "ours_text_dp", "ours_1x512")
+OURS = ("ours", "ours_lora", "ours_text", "ours_text_dp", "ours_1x512")
 
 
 def labels(job: dict[str, Any]) -> str:
@@ -18,6 +18,8 @@ def labels(job: dict[str, Any]) -> str:
     parts = [f"micro-batch {job['micro_batch']} × {job['seq']}"]
     if job["kind"] == "ours" and job["optimizations"] != "auto":
         parts.append(job["optimizations"])
+    if job.get("lora_rank"):
+        parts.append(f"LoRA rank {job['lora_rank']}")
     if job["activation_checkpointing"] != "none":
         parts.append(f"checkpointing {job['activation_checkpointing']}")
     if job["sync"] != "last":
@@ -36,11 +38,13 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     gpus = options.gpus
     job: dict[str, Any] = dict(
         name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
-        gradients="bf16",
+        gradients="bf16", lora_rank=0,
         activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="",
         shape=options.shape, steps=options.steps, warmup=options.warmup, profile=name in options.profile,
     )  # fmt: skip
-    if name == "ours":
+    if name.endswith("_lora"):
+        job |= dict(lora_rank=options.lora_rank)
+    if name in ("ours", "ours_lora"):
         tp = options.tp or gpus // (options.dp or 1)
         job |= dict(tp=tp, dp=gpus // tp, activation_checkpointing=options.activation_checkpointing)
         return [
@@ -50,12 +54,13 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         ]
     if name.startswith("fsdp2"):
         job |= dict(kind="fsdp2", sequence_parallel=name in ("fsdp2_sp", "fsdp2_async"), async_tp=name == "fsdp2_async")
-        job |= dict(tp=1, dp=gpus) if name == "fsdp2_dp" else {}
+        data_parallel = name in ("fsdp2_dp", "fsdp2_lora")
+        job |= dict(tp=1, dp=gpus) if data_parallel else {}
         return [
             batch(job | {"sync": sync, "gradients": gradients}, size, options.global_batch)
             for sync in options.fsdp2_sync
-            for gradients in options.fsdp2_gradients
-            for size in (options.data_parallel_micro_batch if name == "fsdp2_dp" else options.peer_micro_batch)
+            for gradients in (["bf16"] if name == "fsdp2_lora" else options.fsdp2_gradients)
+            for size in (options.data_parallel_micro_batch if data_parallel else options.peer_micro_batch)
         ]
     if name.startswith("dp_zero"):
         job |= dict(tp=1, dp=gpus, zero=int(name[-1]))

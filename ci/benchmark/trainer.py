@@ -13,6 +13,7 @@ import transformers
 from tp2d_helpers.data.dataloader import create_dataloader, global_batches
 from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import adapter_parameters
 from tp2d_helpers.planning.traffic import state_bytes
 from tp2d_helpers.train import train_step
 
@@ -30,6 +31,7 @@ class Trainer:
     update: tuple[Any, str]  # an object and the name of its method that ends with the optimizer's update
     norm: Callable[[], torch.Tensor | float | None]  # of the newest step's gradients, before clipping
     state_bytes: float  # weights, masters and moments on this rank: what must be there before the first step
+    adapters: int = 0  # parameters of LoRA's, which alone are trained
 
 
 def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
@@ -39,20 +41,25 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         batch_size_per_gpu=job["micro_batch"], gradient_accumulation_steps=job["accumulation"],
         seq_length=job["seq"], activation_checkpointing=job["activation_checkpointing"], precision="auto",
         optimizations=job["optimizations"], learning_rate=1e-5, weight_decay=0.01, max_grad_norm=1.0, seed=42,
+        lora_rank=job["lora_rank"], lora_alpha=32.0, lora_dropout=0.0, lora_targets="all-linear",
     )  # fmt: skip
     engine, *_, dp_rank = setup_model_with_autotp(
         job["model"], job["tp"], job["dp"], rank, job["tp"] * job["dp"], config
     )
     engine.train()
     model = ModelFacts.read(job["model"])
-    held = state_bytes(model.shard(job["tp"]).parameters, job["dp"], job["zero"])
+    shard = model.shard(job["tp"])
+    trained = shard.adapters(job["lora_rank"]) if job["lora_rank"] else shard.parameters
+    held = state_bytes(trained, job["dp"], job["zero"])
+    frozen = 2 * shard.parameters if job["lora_rank"] else 0
     return Trainer(
         config=model.config,
         dp_rank=dp_rank,
         step=lambda micro_batches: train_step(engine, micro_batches),
         update=(engine, "step"),
         norm=engine.get_global_grad_norm,
-        state_bytes=held["weights"] + held["masters and moments"],
+        state_bytes=frozen + held["weights"] + held["masters and moments"],
+        adapters=adapter_parameters(model.meta, config),
     )
 
 

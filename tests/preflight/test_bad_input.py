@@ -157,6 +157,7 @@ def test_the_way_to_write_it_is_named(name: str, value: Any, right: str) -> None
     ("seed", 2**31, "less than 2147483648"), ("debug_steps", -1, "greater than or equal to 0"),
     ("log_interval", 0, "greater than or equal to 1"), ("checkpoint_interval", -1, "greater than or equal to 0"),
     ("checkpoints_to_keep", 0, "greater than or equal to 1"), ("max_failures", -1, "greater than or equal to 0"),
+    ("lora_rank", -1, "equal to 0"), ("lora_alpha", 0, "greater than 0"), ("lora_dropout", 1, "less than 1"),
     ("cluster_wait_seconds", -1, "equal to 0"), ("precision", "fp8", "'auto', 'bf16', 'fp16' or 'fp32'"),
     ("master_weights", "fp16", "'fp32' or 'bf16'"), ("model_name", "", "at least 1 character"),
     ("dataset_name", "", "at least 1 character"), ("text_column", "", "at least 1 character"),

@@ -10,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.checkpoint.shards import Pieces, merge, read
 from tp2d_helpers.model.engine import load_model
@@ -41,9 +42,11 @@ class Adapters:
     """
 
     def __init__(self, model: ModelFacts, ranks: list[dict[str, Pieces]], settings: dict[str, Any]) -> None:
-        self.model, self.ranks, self.settings = model, ranks, settings
+        self.ranks, self.settings = ranks, settings
         self.rank, self.dtype = settings["lora_rank"], model.config.dtype
         self.targets = targets(model.meta, settings["lora_targets"])
+        # GPT-2's layers keep their weights as [in, out].
+        self.transposed = isinstance(model.meta.get_submodule(next(iter(self.targets))), Conv1D)
 
     def matrices(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [r, in], B [out, r]) of a layer."""
@@ -68,7 +71,7 @@ class Adapters:
                 return found.contiguous()
             A, B = (matrix.float() for matrix in self.matrices(layer))
             product = scale * B @ A
-            return (found.float() + (product if found.shape == product.shape else product.T)).to(self.dtype)
+            return (found.float() + (product.T if self.transposed else product)).to(self.dtype)
 
         return weight
 
@@ -80,7 +83,6 @@ class Adapters:
             A, B = self.matrices(layer)
             tensors |= {f"{PREFIX}{layer}.lora_A.weight": A, f"{PREFIX}{layer}.lora_B.weight": B}
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        linear = dict(self.model.meta.named_modules())
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -89,7 +91,7 @@ class Adapters:
             "lora_alpha": self.settings["lora_alpha"],
             "lora_dropout": self.settings["lora_dropout"],
             "target_modules": list(dict.fromkeys(layer.rpartition(".")[2] for layer in self.targets)),
-            "fan_in_fan_out": any(not isinstance(linear[layer], torch.nn.Linear) for layer in self.targets),
+            "fan_in_fan_out": self.transposed,
             "bias": "none",
             "inference_mode": True,
         }

@@ -53,10 +53,13 @@ def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = Fa
     return model
 
 
-def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(config: dict[str, Any], dtype: torch.dtype, bucket: int = 0) -> dict[str, Any]:
     """The DeepSpeed config of a run: AutoTP, ZeRO, precision, batch sizes.
 
     The batch sizes count samples: a step takes micro-batch × accumulation × dp_size of them, whatever tp_size is.
+
+    Args:
+        bucket: elements to reduce gradients by, if they are few; DeepSpeed allocates its bucket whole.
     """
     tp_size, zero_stage = config["tp_size"], config.get("zero_stage", 1)
     micro_batch, accumulation = config["batch_size_per_gpu"], config.get("gradient_accumulation_steps", 1)
@@ -72,6 +75,8 @@ def deepspeed_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, An
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # they wait for the GPU before and after each step
     }
+    if bucket and zero_stage < 3:
+        result["zero_optimization"]["reduce_bucket_size"] = min(bucket, 500_000_000)
     if tp_size > 1:
         # The head's output stays divided by vocabulary, and the cross-entropy is computed on the parts: the whole
         # logits, the largest activation of a small model, exist nowhere.
@@ -108,10 +113,11 @@ def setup_model_with_autotp(
     planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
     adapters = add_adapters(model, config, planned, mpu) if config.get("lora_rank") else {}
     needs.meet(model, mpu.tp_group)
+    bucket = sum(map(torch.numel, (weight for adapter in adapters.values() for weight in adapter.parameters())))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config),
-        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype),
+        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, bucket),
         mpu=mpu,
     )
     check_shards(engine.module, planned)

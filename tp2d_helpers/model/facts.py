@@ -60,6 +60,10 @@ class Shard:
         attention = [(self.hidden, self.query), *[(self.hidden, self.key_value)] * 2, (self.query, self.hidden)]
         return [*attention, *[(self.hidden, self.mlp)] * gates, (self.mlp, self.hidden)]
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA's adapters on this rank, one beside each of those matrices: r · (in + out) each."""
+        return self.layers * rank * sum(k + n for k, n in self.layer_matmuls)
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -154,14 +158,18 @@ class ModelFacts:
                 total += parameter.numel() * (text.num_experts_per_tok or experts) / experts
         return total
 
-    def flops_per_token(self, seq_length: int) -> float:
+    def flops_per_token(self, seq_length: int, adapters: int = 0) -> float:
         """Floating-point operations of a training step per token: 6·N + 6·L·a·s.
 
         N is `matmul_parameters`, L the layers, a = heads · head_dim, s the sequence length. 2 of the 6 are the forward
         pass, 4 the backward pass. The second term is causal attention, 12·L·a·s halved by the mask (Chowdhery et al.
         2022, PaLM, appendix B, without the halving). Recomputed activations don't count.
+
+        Args:
+            adapters: parameters of LoRA's. With any, the first term is 4·N + 6·adapters: no gradients of N are made.
         """
-        return 6 * self.matmul_parameters + 6 * self.layers * self.heads * self.head_dim * seq_length
+        matmuls = 4 * self.matmul_parameters + 6 * adapters if adapters else 6 * self.matmul_parameters
+        return matmuls + 6 * self.layers * self.heads * self.head_dim * seq_length
 
     def shard(self, tp_size: int) -> Shard:
         """What each rank of a TP group holds. Raises `ConfigError` if the model can't be divided so.

@@ -130,7 +130,8 @@ def add_adapters(
     Returns:
         the adapters, by the names of the layers.
     """
-    model.requires_grad_(False)
+    for weight in model.requires_grad_(False).parameters():
+        weight._ds_grad_allreduce_registered = True  # or AutoTP asks for a hook on the gradients of Qwen3's norms
     draw, adapters = torch.Generator().manual_seed(config["seed"]), {}
     for name, size in targets(model, config["lora_targets"]).items():
         weight = model.get_submodule(name).weight

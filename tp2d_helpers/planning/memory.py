@@ -59,6 +59,7 @@ class Setting:
     seq_length: int = 512
     activation_checkpointing: str = "none"  # or selective, full
     master_weights: str = "fp32"
+    lora_rank: int = 0  # with adapters beside all matrices of a layer: of fewer, it is a bound
     width: int = 2
     optimizations: frozenset[str] = frozenset()
 
@@ -93,6 +94,10 @@ class Setting:
         if "fused_loss" in self.optimizations:
             return "fused" if "compile" in self.optimizations else "separate"
         return "vocabulary" if self.tp_size > 1 else "whole"
+
+    def trained(self, shard: Shard) -> int:
+        """Parameters of a rank that have gradients and an optimizer's state: all, or with LoRA the adapters."""
+        return shard.adapters(self.lora_rank) if self.lora_rank else shard.parameters
 
     @property
     def tokens(self) -> int:
@@ -133,10 +138,13 @@ def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
     That is memory in tensors (`torch.cuda.max_memory_allocated`). The CUDA context, NCCL and the allocator's gaps come
     on top: see `candidates`.
     """
-    state = state_bytes(shard.parameters, setting.dp_size, setting.zero_stage, setting.width)
+    trained = setting.trained(shard)
+    state = state_bytes(trained, setting.dp_size, setting.zero_stage, setting.width)
+    if setting.lora_rank:  # what is frozen
+        state["weights"] += setting.width * shard.parameters / (setting.dp_size if setting.zero_stage == 3 else 1)
     optimizer = state["masters and moments"] / (2 if setting.master_weights == "bf16" else 1)
     divided = setting.zero_stage >= 1
-    partition = setting.width * shard.parameters / (setting.dp_size if divided else 1)
+    partition = setting.width * trained / (setting.dp_size if divided else 1)
     earlier = state["gradients"] if setting.gradient_accumulation_steps > 1 or setting.zero_stage == 3 else 0
     kept, layer = activation_bytes(shard, setting)
     gathered, buckets = _buffers(shard, setting)
@@ -167,7 +175,10 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
         sums = 4 * shard.heads if counts[1] else 0
         return setting.tokens * (setting.width * sum(map(int.__mul__, counts, widths)) + sums)
 
-    return shard.layers * size(kept), size(again) + size(BACKWARD)
+    kept_of_adapters = 0  # A x, of r elements for each
+    if setting.lora_rank and mode != "full":
+        kept_of_adapters = setting.tokens * setting.width * setting.lora_rank * len(shard.layer_matmuls)
+    return shard.layers * (size(kept) + kept_of_adapters), size(again) + size(BACKWARD)
 
 
 def logit_bytes(shard: Shard, setting: Setting) -> float:
@@ -181,14 +192,15 @@ def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
     if stage == 3:
         return width * min(shard.parameters, STAGE_3_LIVE), width * BUCKET
     overlap = setting.dp_size > 1 and width != 4  # `engine.deepspeed_config`
-    return 0, width * BUCKET * (1 + overlap) if stage else 0
+    bucket = min(BUCKET, setting.trained(shard)) if setting.lora_rank else BUCKET
+    return 0, width * bucket * (1 + overlap) if stage else 0
 
 
 def _step_copies(shard: Shard, setting: Setting) -> float:
     """Gradients as the optimizer takes them: flat, and in fp32. The one-pass step takes them as they are."""
     if setting.zero_stage == 3:
-        return 4 * min(shard.parameters / setting.dp_size, STAGE_3_GROUP)
-    partition = shard.parameters / (setting.dp_size if setting.zero_stage else 1)
+        return 4 * min(setting.trained(shard) / setting.dp_size, STAGE_3_GROUP)
+    partition = setting.trained(shard) / (setting.dp_size if setting.zero_stage else 1)
     if setting.master_weights == "bf16":
         return setting.width * partition
     if setting.one_pass_step:

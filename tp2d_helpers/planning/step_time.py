@@ -90,9 +90,10 @@ def _matmuls(shard: Shard, setting: Setting, device: Device) -> float:
 
     m is the tokens. Each also moves its three matrices once, which is what makes narrow matmuls slow.
     """
-    times = 4 if setting.activation_checkpointing == "full" else 3
+    once = 2 if setting.lora_rank else 3  # no gradients of what is frozen; adapters are too narrow to count
+    times = once + (setting.activation_checkpointing == "full")
     shapes = [(times, *shape) for shape in shard.layer_matmuls] * shard.layers
-    shapes += [(3, shard.hidden, shard.vocabulary)]
+    shapes += [(once, shard.hidden, shard.vocabulary)]
     m, rate = setting.tokens, device.peak * MEASURED["matmuls"]
     work = sum(t * 2 * m * k * n for t, k, n in shapes) / rate
     return work + _moved(sum(t * setting.width * (m * k + k * n + m * n) for t, k, n in shapes), device)
@@ -129,7 +130,8 @@ def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
     size = 2 * (setting.tp_size - 1) / setting.tp_size * setting.width * setting.tokens * shard.hidden
     rate = _rate(setting.tp_size, device, network)
     each = size / rate + MEASURED["latency"] * math.log2(setting.tp_size)
-    behind = _weight_gradients(shard, setting, device) if "block_all_reduce" in setting.optimizations else 0.0
+    hides = "block_all_reduce" in setting.optimizations and not setting.lora_rank
+    behind = _weight_gradients(shard, setting, device) if hides else 0.0
     halves = shard.layers * BLOCKS / 2 if setting.copied_in_halves else 0
     return (count - halves) * each - min(behind, shard.layers * backward * each)
 
@@ -149,8 +151,17 @@ def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
     if dp == 1:
         return 0.0
     rate = _rate(setting.tp_size * dp, device, network)
-    total = zero_bytes(shard.parameters, dp, stage, setting.gradient_accumulation_steps, setting.width) / rate
-    gather = (dp - 1) / dp * setting.width * shard.parameters / rate if stage in (1, 2) else 0.0
+    total = (
+        zero_bytes(
+            shard.parameters if stage == 3 else setting.trained(shard),
+            dp,
+            stage,
+            setting.gradient_accumulation_steps,
+            setting.width,
+        )
+        / rate
+    )
+    gather = (dp - 1) / dp * setting.width * setting.trained(shard) / rate if stage in (1, 2) else 0.0
     return max(0.0, total - gather - hidden) + gather + MEASURED["latency"] * math.log2(dp)
 
 
@@ -160,7 +171,7 @@ def _optimizer(shard: Shard, setting: Setting, device: Device) -> float:
     The pass for the norm before it reads 2, at 1.2 TB/s on an H200: as long as 7 take.
     """
     kind = "fused" if setting.one_pass_step else "deepspeed"
-    return _moved(STEP_BYTES[kind] * shard.parameters / (setting.dp_size if setting.zero_stage else 1), device)
+    return _moved(STEP_BYTES[kind] * setting.trained(shard) / (setting.dp_size if setting.zero_stage else 1), device)
 
 
 def _moved(size: float, device: Device) -> float:

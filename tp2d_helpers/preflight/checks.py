@@ -22,6 +22,7 @@ from tp2d_helpers.data.files import local_files
 from tp2d_helpers.data.tokens import SOURCE, load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import adapter_parameters, targets
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
@@ -93,6 +94,22 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     return f"{name}: {model.config.model_type}, {model.parameters:,} parameters, {weights}", (
         f"{shards} × {replicas}, ZeRO stage {config.zero_stage}{special}"
     )
+
+
+def check_lora(config: Config, model: ModelFacts) -> list[tuple[str, str, str]]:
+    """Preflight's row about LoRA; none without. Raises `ConfigError` for targets or a dropout that can't be."""
+    if not config.lora_rank:
+        return []
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in targets(model.meta, config.lora_targets)))
+    if config.lora_dropout and rehearse(model.config, config.tp_size).divided_dropout:
+        raise ConfigError(
+            f"lora_dropout = {config.lora_dropout:g}: at tp_size {config.tp_size} the model has dropout on attention "
+            "heads or other activations that are divided, where each rank needs its own random numbers, and LoRA's "
+            "needs the same on all. Set lora_dropout to 0, or the model's (attention_dropout in its config.json)"
+        )
+    trained = adapter_parameters(model.meta, config.model_dump())
+    found = f"{trained:,} parameters are trained, {100 * trained / model.parameters:.2g} % of the model's"
+    return [("LoRA", found, f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {', '.join(names)}")]
 
 
 def check_memory(config: Config, model: ModelFacts, resources: dict[str, float]) -> list[tuple[str, str, str]]:

@@ -20,6 +20,7 @@ from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.checks import (
     check_data,
+    check_lora,
     check_memory,
     check_model,
     check_precision,
@@ -42,7 +43,7 @@ from tp2d_helpers.training.schedule import check_schedule
 from tp2d_helpers.training.trackers import check_trackers
 
 # Learning rates that "auto" takes: what makes random weights learn would undo what pretrained ones have learned.
-RANDOM_RATE, PRETRAINED_RATE = 1e-3, 1e-5
+RANDOM_RATE, PRETRAINED_RATE, LORA_RATE = 1e-3, 1e-5, 2e-4  # adapters begin at zero, and so few take larger steps
 SHARED_STORAGE = Path("/mnt/cluster_storage")  # on an Anyscale workspace, a disk that all its nodes share
 
 
@@ -96,6 +97,7 @@ def preflight(config: Config) -> Plan:
     rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))
+    rows += check_lora(config, model)
     rows += check_memory(config, model, resources)
     names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
     rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
@@ -104,8 +106,8 @@ def preflight(config: Config) -> Plan:
     rows.append(("data", *described))
     schedule = check_schedule(config, last_step(config, steps))
     if given.learning_rate == "auto" or config.learning_rate_schedule != "constant":
-        kind = "random" if has_random_weights(config.model_name) else "pretrained"
-        rows.append(("learning rate", f"{kind} weights", schedule))
+        kind = "random weights" if has_random_weights(config.model_name) else "pretrained weights"
+        rows.append(("learning rate", "LoRA" if config.lora_rank else kind, schedule))
     rows.append(("storage", check_storage(config), str(config.run_dir)))
     rows += check_trackers(config)
     rows += check_checkpoints(config, then, data, steps)
@@ -136,7 +138,7 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
         name = f"tp_autotp_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:4]}"
     rate = config.learning_rate
     if rate == "auto":
-        rate = RANDOM_RATE if has_random_weights(model) else PRETRAINED_RATE
+        rate = LORA_RATE if config.lora_rank else RANDOM_RATE if has_random_weights(model) else PRETRAINED_RATE
     settled = dict(model_name=model, dataset_name=dataset, eval_dataset_name=evaluated, storage_path=storage,
                    experiment_name=name, chat_template=template)  # fmt: skip
     return config.change(use_gpu=use_gpu, learning_rate=rate, **settled), why

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tp2d_helpers import heartbeat, startup
 from tp2d_helpers.checkpoint.files import read_json_lines, write_json
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import Adapter
 from tp2d_helpers.speed import graphs
 from tp2d_helpers.speed.devices import device_named
 
@@ -66,7 +67,8 @@ class StepMetrics:
         self.newest_loss = math.nan
         self.newest_eval_loss: float | None = None
         device = device_named(torch.cuda.get_device_name()) if self.cuda else None
-        flops = ModelFacts.of(engine.module.config).flops_per_token(seq_length)
+        adapters = sum(module.size for module in engine.module.modules() if isinstance(module, Adapter))
+        flops = ModelFacts.of(engine.module.config).flops_per_token(seq_length, adapters)
         self.mfu_per_rate = flops / device.peak / dist.get_world_size() if device else None
         if dist.get_rank() == 0:
             keep_until(self.path, done)
