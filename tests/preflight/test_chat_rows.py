@@ -12,7 +12,7 @@ import pytest
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight import plan
-from tp2d_helpers.preflight.checks import check_data
+from tp2d_helpers.preflight.data import check_data
 
 CHATS = Path(__file__).parent.parent / "data" / "chats.jsonl"
 # Without control tokens, so that the demo's tokenizer can write it: "Q:" and "A:" lines.

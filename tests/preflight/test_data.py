@@ -15,7 +15,7 @@ import pytest
 from tp2d_helpers.cache import DAY, UNUSED_DAYS, build_once, cache_dir
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.preflight.checks import check_data
+from tp2d_helpers.preflight.data import check_data
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
+from tp2d_helpers.model.apart import keep_documents_apart
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.rehearsal import rehearse
 from tp2d_helpers.model.sharding import check_shards, planned_shapes
@@ -113,6 +114,8 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
+    if config.get("packing") == "documents":
+        keep_documents_apart(engine.module)
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.
