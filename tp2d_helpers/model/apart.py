@@ -126,10 +126,12 @@ def check_apart(hf_config: transformers.PretrainedConfig, precision: str, use_gp
     try:
         with quiet(), _numbered():
             model = small_model(hf_config).eval()
-            trouble = _mixed(model)
+            trouble, by_mask = _mixed(model)
             if not trouble and not why:
                 model.set_attn_implementation(documents.NAME)
-                trouble = _mixed(model)
+                trouble, by_kernel = _mixed(model)
+                if not trouble and not _close(by_kernel, by_mask):
+                    trouble = "flash attention gives other logits than a mask"
     except Exception as error:
         raise ConfigError(refusal.format(reason(error))) from error
     if trouble:
@@ -138,8 +140,8 @@ def check_apart(hf_config: transformers.PretrainedConfig, precision: str, use_gp
 
 
 @torch.no_grad()
-def _mixed(model: torch.nn.Module) -> str:
-    """How a document's logits depend on another one in the sample; "" if they don't."""
+def _mixed(model: torch.nn.Module) -> tuple[str, torch.Tensor]:
+    """(how a document's logits depend on another one in the sample, "" if they don't; its logits)."""
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     first, other, second = (torch.randint(vocabulary, (1, size), generator=draw) for size in (SIZES[0], *SIZES))
@@ -155,10 +157,13 @@ def _mixed(model: torch.nn.Module) -> str:
         found, changed, alone = logits(first, second), logits(other, second), logits(second)
     finally:
         documents.set_lengths(None)
-    bound = 1e-5 * found.abs().max()  # of rounding: experts are given tokens of both
-    if (found - changed).abs().max() > bound:
-        return "changing one changes another's logits"
-    return "" if (found - alone).abs().max() <= bound else "by itself one has other logits"
+    trouble = "" if _close(alone, found) else "by itself one has other logits"
+    return trouble if _close(changed, found) else "changing one changes another's logits", found
+
+
+def _close(logits: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether they differ by rounding alone. Of experts, it depends on all tokens that are given to one."""
+    return bool((logits - others).abs().max() <= 1e-5 * others.abs().max())
 
 
 def small_model(hf_config: transformers.PretrainedConfig) -> torch.nn.Module:
