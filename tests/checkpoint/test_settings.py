@@ -98,6 +98,19 @@ def test_auto_is_compared_by_what_it_came_to(first: Config) -> None:
         continue_run(first.change(precision="fp32"))
 
 
+@pytest.mark.parametrize("packing", [True, False, "documents"])
+def test_auto_packing_is_as_the_run_began(first: Config, packing: bool | str) -> None:
+    """Older versions recorded True: what "auto" would come to now is of no account."""
+    record_run(first.change(packing=packing), DATA)
+    for checkpoints in range(2):
+        assert continue_run(first).packing == packing and continue_run(first.change(packing=packing))
+        for other in {True, False, "documents"} - {packing}:
+            with pytest.raises(ConfigError, match=f"packing: {packing!r} then, {other!r} now"):
+                continue_run(first.change(packing=other))
+        if not checkpoints:
+            checkpoint(first)
+
+
 # Hyperparameters.
 
 

@@ -41,8 +41,6 @@ def test_by_what(kind: str, more: dict[str, Any], by: str) -> None:
 def test_by_a_mask_without_half_precision() -> None:
     by = "by a mask (flash attention computes in bf16 or fp16)"
     assert check_apart(config_of("llama"), "fp32", use_gpu=True) == by
-        check_apart(config_of("llama"), "fp32", use_gpu=True) == "by a mask (flash attention computes in bf16 or fp16)"
-    )
     assert check_apart(config_of("llama"), "fp32", use_gpu=False) == "by a mask"
 
 

@@ -118,7 +118,8 @@ def test_wrong_type(name: str) -> None:
 
 @pytest.mark.parametrize("name, text, value", [
     ("learning_rate", "1e-4", 1e-4), ("weight_decay", "1E-2", 0.01), ("dataset_percentage", "2.5e1", 25.0),
-    ("packing", "false", False), ("async_checkpoint", "TRUE", True), ("use_gpu", "true", True),
+    ("packing", "false", False), ("packing", "True", True), ("packing", "documents", "documents"),
+    ("async_checkpoint", "TRUE", True), ("use_gpu", "true", True),
 ])  # fmt: skip
 def test_text_that_can_mean_one_thing(name: str, text: str, value: Any) -> None:
     """What YAML 1.1 and `papermill -p` make of 1e-4, true and false."""

@@ -81,7 +81,7 @@ def _samples(config: Config, model: ModelFacts) -> tuple[TokenDataset, list[str]
     if data.cut_off:
         lost = data.cut_off / (data.cut_off + data.lengths.sum())
         said.append(f"{lost:.1%} of the tokens lost, as {data.too_long:,} documents are longer than {data.seq_length}")
-        said[-1] += " (packing = True keeps them)" * (lost >= 0.01)
+        said[-1] += " (packing = True keeps them)" * bool(lost >= 0.01)
     return data, said
 
 

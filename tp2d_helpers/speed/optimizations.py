@@ -37,17 +37,18 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     recomputes = config.get("activation_checkpointing", "none") != "none"
     if not on_gpu or recomputes or (names == "auto" and tp_size > 1):
         chosen.discard("cuda_graph")
-    trouble = ""
+    trouble = []
     if "cuda_graph" in chosen and config.get("packing") == "documents":
         chosen.discard("cuda_graph")
-        trouble = "no cuda_graph: samples hold different numbers of documents (packing = True has graphs)"
+        trouble.append("no cuda_graph: micro-batches hold different numbers of documents")
     if "cuda_graph" in chosen or not (on_gpu and peers_copy(chosen, tp_size)):
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
     if "compile" in chosen and not compilers(on_gpu):
-        return chosen - {"compile"}, f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed"
-    return chosen, trouble
+        chosen.discard("compile")
+        trouble.append(f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed")
+    return chosen, "; ".join(trouble)
 
 
 def peers_copy(names: Collection[str], tp_size: int) -> bool:
