@@ -69,7 +69,7 @@ def test_best_fit_decreasing_of_any_lengths() -> None:
 
 @pytest.fixture(params=["text", "chats"])
 def data(request: pytest.FixtureRequest, chat_model: Path, chats: str, short_documents: str) -> TokenDataset:
-    name, seq_length = {"text": (short_documents, 64), "chats": (chats, 112)}[request.param]
+    name, seq_length = {"text": (short_documents, 64), "chats": (chats, 128)}[request.param]
     return TokenDataset(prepare_tokens(str(chat_model), name), seq_length, "documents", eval_samples=5)
 
 
