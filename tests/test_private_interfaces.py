@@ -235,6 +235,35 @@ def torch_foreach_norm() -> None:
     assert torch.nn.utils.get_total_norm(ones).item() != pytest.approx(exact, rel=2e-4)
 
 
+@interface("torch._dynamo.maybe_mark_dynamic")
+def torch_dynamic_sizes() -> None:
+    """Counts where everything else is static; `speed/test_varlen.py` has a model that is compiled once."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    double = torch.compile(lambda x: 2 * x, dynamic=False, backend=backend)
+    for size in (3, 4, 5):
+        tensor = torch.ones(size)
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        double(tensor)
+    assert len(graphs) == 1
+
+
+@interface("torch_attn::_varlen_attn")
+def torch_varlen() -> None:
+    """The operator that the public function calls; checkpoints know it by this name."""
+    from torch.nn.attention import varlen
+
+    from tp2d_helpers.speed.layers import KEPT
+
+    takes(varlen.varlen_attn, "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+    assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters)
+    assert torch.ops.torch_attn._varlen_attn.default.overloadpacket.__name__ in KEPT
+
+
 @interface("masking_utils")
 def transformers_masks() -> None:
     from transformers import masking_utils

@@ -51,7 +51,7 @@ class Config(BaseModel):
     text_column: Name = "text"
     text_files: Literal["document", "paragraph"] = "document"
     dataset_percentage: Annotated[float, Field(gt=0, le=100)] = 100.0
-    packing: bool = True
+    packing: bool | Literal["documents", "auto"] = "auto"
     chat_template: str = ""
     loss_on: Literal["assistant", "all"] = "assistant"
     trust_remote_code: bool = False
@@ -243,7 +243,7 @@ def _how_to_write(name: str, value: Any) -> str:
     kinds = _kinds(Config.model_fields[name].annotation)
     number = isinstance(value, str) and NUMBER.fullmatch(value)
     if bool in kinds and not isinstance(value, bool):
-        return "write True or False (true or false in YAML)"
+        return "write True or False (true or false in YAML)" + ', or "documents"' * (name == "packing")
     if float in kinds and number:
         return f"write it without quotes: {value}"
     if int in kinds and (number or type(value) is float) and float(value) % 1 == 0:

@@ -98,6 +98,19 @@ def test_auto_is_compared_by_what_it_came_to(first: Config) -> None:
         continue_run(first.change(precision="fp32"))
 
 
+@pytest.mark.parametrize("packing", [True, False, "documents"])
+def test_auto_packing_is_as_the_run_began(first: Config, packing: bool | str) -> None:
+    """Older versions recorded True: what "auto" would come to now is of no account."""
+    record_run(first.change(packing=packing), DATA)
+    for checkpoints in range(2):
+        assert continue_run(first).packing == packing and continue_run(first.change(packing=packing))
+        for other in {True, False, "documents"} - {packing}:
+            with pytest.raises(ConfigError, match=f"packing: {packing!r} then, {other!r} now"):
+                continue_run(first.change(packing=other))
+        if not checkpoints:
+            checkpoint(first)
+
+
 # Hyperparameters.
 
 
@@ -120,7 +133,7 @@ def test_every_setting_counts_or_is_refused(first: Config) -> None:
     special = dict(use_gpu=False, precision="bf16", master_weights="bf16", activation_checkpointing="full",
                    optimizations="none", keep_checkpoints_by="loss", text_files="paragraph", zero_stage=2,
                    dp_size=1, batch_size_per_gpu=1, loss_on="all", learning_rate_schedule="linear",
-                   min_learning_rate=1e-6, trackers="none")  # fmt: skip
+                   min_learning_rate=1e-6, trackers="none", packing=False)  # fmt: skip
     needs = dict(min_learning_rate=dict(learning_rate_schedule="linear"))
     for name, value in first.model_dump().items():
         if name in ("storage_path", "experiment_name"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,3 +72,38 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return str(folder)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A hundred chats of one to three answers, of any length, some longer than a sample."""
+    draw, rows = random.Random(0), []
+    words = ["the", "loop", "yields", "a", "list", "of", "names", "and", "ends", ";", "return", "None"]
+    for _ in range(100):
+        messages = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.3)
+        for _ in range(draw.randint(1, 3)):
+            for role, most in (("user", 12), ("assistant", 25)):
+                messages.append({"role": role, "content": " ".join(draw.choices(words, k=draw.randint(1, most)))})
+        rows.append({"messages": messages})
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def chat_model(family: Callable[..., Path], speaker: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with room for ChatML's tokens."""
+    folder = tmp_path_factory.mktemp("model") / "chatml"
+    shutil.copytree(family("llama", vocab_size=2056), folder)
+    speaker("chatml", into=folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two hundred texts of 2 to 90 words, of which most share a sample of 64 tokens with others."""
+    draw, words = random.Random(1), ["loops", "yield", "names", "and", "values", "of", "a", "list", "as", "they", "end"]
+    sizes = [min(90, 2 + int(draw.expovariate(0.06))) for _ in range(200)]
+    path = tmp_path_factory.mktemp("short") / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=size))}) + "\n" for size in sizes))
+    return str(path)

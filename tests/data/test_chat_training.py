@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,39 +28,14 @@ GRID = dict(tp_size=2, dp_size=2)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A hundred chats of one to three answers, of any length, some longer than a sample."""
-    draw, rows = random.Random(0), []
-    words = ["the", "loop", "yields", "a", "list", "of", "names", "and", "ends", ";", "return", "None"]
-    for _ in range(100):
-        messages = [{"role": "system", "content": "Be brief."}] * (draw.random() < 0.3)
-        for _ in range(draw.randint(1, 3)):
-            for role, most in (("user", 12), ("assistant", 25)):
-                messages.append({"role": role, "content": " ".join(draw.choices(words, k=draw.randint(1, most)))})
-        rows.append({"messages": messages})
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def model(family: Callable[..., Path], speaker: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with room for ChatML's tokens."""
-    folder = tmp_path_factory.mktemp("model") / "chatml"
-    shutil.copytree(family("llama", vocab_size=2056), folder)
-    speaker("chatml", into=folder)
-    return folder
-
-
 @pytest.mark.parametrize("settings", [
     dict(packing=True), dict(packing=False), dict(packing=True, gradient_accumulation_steps=2),
     dict(packing=False, gradient_accumulation_steps=2), dict(packing=False, zero_stage=3),
 ], ids=["packed", "padded", "packed, accumulated", "padded, accumulated", "padded, ZeRO 3"])  # fmt: skip
-def test_grids_are_equal(train: Callable[..., Run], model: Path, chats: str, settings: dict[str, Any]) -> None:
+def test_grids_are_equal(train: Callable[..., Run], chat_model: Path, chats: str, settings: dict[str, Any]) -> None:
     settings = {"dataset_name": chats, "eval_samples": 6, "num_epochs": 2, "debug_steps": 8, **settings}
-    reference = train(model, **{**settings, "zero_stage": 1, "gradient_accumulation_steps": 1})
-    run = train(model, **settings, **GRID)
+    reference = train(chat_model, **{**settings, "zero_stage": 1, "gradient_accumulation_steps": 1})
+    run = train(chat_model, **settings, **GRID)
     assert_equal_runs(run, reference)
     plain = plain_run(run.config)
     assert_equal_runs(run, Run(plain.config, plain.records, plain.weights, {}, {}, {}))
@@ -69,12 +43,13 @@ def test_grids_are_equal(train: Callable[..., Run], model: Path, chats: str, set
     assert len(evaluated[0]) == 2 and evaluated[0] == pytest.approx(evaluated[1], rel=1e-5)
 
 
-def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], model: Path, chats: str) -> None:
+def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], chat_model: Path, chats: str) -> None:
     """Of the first step and of what is held out, by hand: from the tokens that the mask names, stop tokens included."""
-    run = train(model, dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12, **GRID)
-    data = TokenDataset(prepare_tokens(str(model), chats), 64, packing=False, eval_samples=6)
-    untrained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    stop = load_tokenizer(str(model)).convert_tokens_to_ids("<|im_end|>")
+    settings = dict(dataset_name=chats, eval_samples=6, debug_steps=1, packing=False, learning_rate=1e-12)
+    run = train(chat_model, **settings, **GRID)
+    data = TokenDataset(prepare_tokens(str(chat_model), chats), 64, packing=False, eval_samples=6)
+    untrained = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    stop = load_tokenizer(str(chat_model)).convert_tokens_to_ids("<|im_end|>")
 
     def mean(samples: list[int]) -> float:
         """Over all tokens with loss of the samples."""
@@ -96,11 +71,11 @@ def test_the_loss_is_that_of_the_answers(train: Callable[..., Run], model: Path,
 
 
 def test_resumed_in_mid_epoch_on_another_grid(
-    train: Callable[..., Run], model: Path, chats: str, tmp_path: Path
+    train: Callable[..., Run], chat_model: Path, chats: str, tmp_path: Path
 ) -> None:
     """From step 4 of an epoch of 6, where its run of 2 × 2 was cut off: as 1 × 2 with accumulation, the same steps."""
     life = dict(dataset_name=chats, packing=False, eval_samples=6, debug_steps=6, checkpoint_interval=4)
-    whole = train(model, **life, **GRID)
+    whole = train(chat_model, **life, **GRID)
     config = Config(**whole.config)
     shutil.copytree(config.run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))
     shutil.rmtree(tmp_path / "copy" / "checkpoint_00000006")
@@ -116,14 +91,14 @@ def test_resumed_in_mid_epoch_on_another_grid(
     assert len(records) == 6
 
 
-def test_an_export_has_the_template_of_its_run(train: Callable[..., Run], model: Path, chats: str) -> None:
+def test_an_export_has_the_template_of_its_run(train: Callable[..., Run], chat_model: Path, chats: str) -> None:
     """Asked in another form than it was trained on, a model would not answer as it learnt to."""
     template = TEMPLATES / "chatml_marked.jinja"
-    run = train(model, dataset_name=chats, debug_steps=1, chat_template=str(template))
+    run = train(chat_model, dataset_name=chats, debug_steps=1, chat_template=str(template))
     folder = Path(run.config["storage_path"], run.config["experiment_name"])
     checkpoint = newest_checkpoint(folder)[0]
     manifest = read_json(checkpoint / "rank_0.json") | {"settings": run.config}  # as after preflight
     (checkpoint / "rank_0.json").write_text(json.dumps(manifest))
-    exported = export_checkpoint(checkpoint, str(model), folder / "export")
+    exported = export_checkpoint(checkpoint, str(chat_model), folder / "export")
     assert load_tokenizer(str(exported)).chat_template == template.read_text()
-    assert load_tokenizer(str(model)).chat_template != template.read_text()
+    assert load_tokenizer(str(chat_model)).chat_template != template.read_text()

@@ -15,7 +15,7 @@ from documents import DOCUMENTS, read, write
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, create_dataloader, global_batches
-from tp2d_helpers.data.dataset import IGNORED, TokenDataset
+from tp2d_helpers.data.dataset import IGNORED, Packing, TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT
 
@@ -140,10 +140,10 @@ def test_labels_ignore_exactly_the_padding(cache: Path, tokenizer: str, source: 
         assert dataset.lengths[i] == len(expected)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, False, "documents"])
 @pytest.mark.parametrize("dp_size, micro_batch, accumulation", [(1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 1, 4)])
 def test_mean_of_micro_batches_is_the_mean_of_all_targets(
-    cache: Path, tokenizer: str, source: str, packing: bool, dp_size: int, micro_batch: int, accumulation: int
+    cache: Path, tokenizer: str, source: str, packing: Packing, dp_size: int, micro_batch: int, accumulation: int
 ) -> None:
     """A micro-batch's loss is its sum over targets / num_items_in_batch; DeepSpeed takes the mean of them all."""
     split = dict(batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation, dp_size=dp_size)

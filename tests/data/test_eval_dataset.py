@@ -13,7 +13,7 @@ from grid import Run, assert_equal_runs
 
 from tp2d_helpers.checkpoint.settings import check_same_data
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.dataset import TokenDataset, load_samples
+from tp2d_helpers.data.dataset import Packing, TokenDataset, load_samples
 from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import demo_documents
 
@@ -25,8 +25,8 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return tuple(str(write(folder / f"{i}.jsonl", documents[i:20:2])) for i in (0, 1))
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_samples(tokenizer: str, halves: tuple[str, str], packing: bool) -> None:
+@pytest.mark.parametrize("packing", [True, False, "documents"])
+def test_samples(tokenizer: str, halves: tuple[str, str], packing: Packing) -> None:
     trained, evaluated = (TokenDataset(prepare_tokens(tokenizer, half), 32, packing) for half in halves)
     both = load_samples(tokenizer, halves[0], 32, packing, 5, halves[1], dataset_percentage=50.0, progress=False)
     assert len(both) == both.samples + 5 and both.samples < trained.samples
@@ -68,7 +68,7 @@ def test_errors_name_it(tokenizer: str, tmp_path: Path, name: str, content: str 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_evaluation_is_the_same_on_every_grid(
-    train: Callable[..., Run], halves: tuple[str, str], packing: bool
+    train: Callable[..., Run], halves: tuple[str, str], packing: Packing
 ) -> None:
     settings = dict(dataset_name="demo", eval_dataset_name=halves[1], eval_samples=5, debug_steps=4, packing=packing)
     settings |= dict(eval_interval=2)

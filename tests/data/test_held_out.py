@@ -15,7 +15,7 @@ from documents import write
 from tp2d_helpers import demo
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.dataloader import create_dataloader
-from tp2d_helpers.data.dataset import IGNORED, TokenDataset
+from tp2d_helpers.data.dataset import IGNORED, Packing, TokenDataset
 from tp2d_helpers.data.evaluation import held_out_batches
 from tp2d_helpers.data.tokens import prepare_tokens
 
@@ -54,7 +54,7 @@ def documents_in(dataset: TokenDataset) -> tuple[list[int], list[int]]:
     (False, 2, {11: 10}, [*range(10)], [10]),
 ])  # fmt: skip
 def test_documents(
-    numbered: Callable[..., Path], packing: bool, eval_samples: int, copies: dict, trained: list, held_out: list
+    numbered: Callable[..., Path], packing: Packing, eval_samples: int, copies: dict, trained: list, held_out: list
 ) -> None:
     dataset = TokenDataset(numbered([10] * 12, copies), 4, packing, eval_samples)
     assert len(dataset) == dataset.samples + eval_samples
@@ -62,8 +62,8 @@ def test_documents(
     assert documents_in(dataset) == (sorted({copies.get(i, i) for i in trained}), held_out)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_no_document_is_on_both_sides(numbered: Callable[..., Path], packing: bool) -> None:
+@pytest.mark.parametrize("packing", [True, False, "documents"])
+def test_no_document_is_on_both_sides(numbered: Callable[..., Path], packing: Packing) -> None:
     """Of any sizes and with any copies."""
     random = np.random.default_rng(0)
     for _ in range(50):
@@ -97,9 +97,9 @@ def test_a_copy_is_known_by_its_text(cache: Path, tokenizer: str, tmp_path: Path
     assert np.load(folder / "first.npy").tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 2]
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, False, "documents"])
 @pytest.mark.parametrize("dp_size, micro_batch", [(1, 4), (2, 2), (4, 1), (3, 4)])
-def test_the_same_samples_on_every_grid(tokenizer: str, packing: bool, dp_size: int, micro_batch: int) -> None:
+def test_the_same_samples_on_every_grid(tokenizer: str, packing: Packing, dp_size: int, micro_batch: int) -> None:
     settings = dict(
         dataset_percentage=100.0,
         seq_length=32,

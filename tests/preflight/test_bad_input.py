@@ -33,7 +33,7 @@ from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import build_model
 from tp2d_helpers.model import engine, facts
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.preflight import checks, connection, plan
+from tp2d_helpers.preflight import checks, connection, data, plan
 from tp2d_helpers.preflight import cluster as ray_cluster
 from tp2d_helpers.training.metrics import read_metrics
 
@@ -109,7 +109,7 @@ WRONG_TYPE: dict[type, list[Any]] = {
 @pytest.mark.parametrize("name", Config.model_fields)
 def test_wrong_type(name: str) -> None:
     kind = type(Config.model_fields[name].default)
-    for value in WRONG_TYPE[kind if name != "use_gpu" else bool]:
+    for value in WRONG_TYPE[kind if name not in ("use_gpu", "packing") else bool]:
         right = "(valid|finite|'auto'|'fp32'|'newest'|'none'|'document'|'constant'|'assistant')"
         with pytest.raises(ConfigError, match=rf"(?m)^{name} = .*{right}") as error:
             make_config(**{name: value})
@@ -118,7 +118,8 @@ def test_wrong_type(name: str) -> None:
 
 @pytest.mark.parametrize("name, text, value", [
     ("learning_rate", "1e-4", 1e-4), ("weight_decay", "1E-2", 0.01), ("dataset_percentage", "2.5e1", 25.0),
-    ("packing", "false", False), ("async_checkpoint", "TRUE", True), ("use_gpu", "true", True),
+    ("packing", "false", False), ("packing", "True", True), ("packing", "documents", "documents"),
+    ("async_checkpoint", "TRUE", True), ("use_gpu", "true", True),
 ])  # fmt: skip
 def test_text_that_can_mean_one_thing(name: str, text: str, value: Any) -> None:
     """What YAML 1.1 and `papermill -p` make of 1e-4, true and false."""
@@ -128,7 +129,8 @@ def test_text_that_can_mean_one_thing(name: str, text: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name, value, right", [
     ("learning_rate", "0.1", "write it without quotes: 0.1"), ("max_grad_norm", "1", "write it without quotes: 1"),
-    ("packing", "no", "write True or False (true or false in YAML)"), ("packing", 0, "write True or False"),
+    ("packing", "no", 'write True or False (true or false in YAML), or "documents"'),
+    ("packing", 0, "write True or False"),
     ("use_gpu", "yes", "write True or False"), ("debug_steps", "1e3", "as a whole number, without quotes: 1000"),
     ("debug_steps", 1000.0, "as a whole number, without quotes: 1000"), ("seed", "7", "without quotes: 7"),
     ("experiment_name", 2024, "write it in quotes, and for papermill as -r experiment_name 2024"),
@@ -437,7 +439,7 @@ def test_trust_remote_code_is_what_the_user_set(trust: bool, tmp_path: Path, mon
     config, _ = plan.settle(make_config(**SMALL, **settings), {})
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     checks.check_model(config, model)
-    checks.check_data(config, model)
+    data.check_data(config, model)
     engine.load_model(config.model_name, torch.float32, config.model_dump()["trust_remote_code"])
     assert len(passed) >= 4 and set(passed) == {trust}
 
@@ -763,13 +765,13 @@ def test_the_model_is_read_once(cluster: dict[str, float], tmp_path: Path, monke
 FROM_CACHE = """
 from tp2d_helpers.model import engine
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.preflight import checks
+from tp2d_helpers.preflight import checks, data
 from tp2d_helpers.config import ConfigError, make_config
 config = make_config(model_name="org/tiny", dataset_name="org/data", tp_size=2, seq_length=8)
 model = ModelFacts.read(config.model_name)
 print(*checks.check_model(config, model), sep="\\n")
 print(engine.load_model("org/tiny", "float32").dtype)
-print(*checks.check_data(config, model), sep="\\n")
+print(*data.check_data(config, model), sep="\\n")
 try:
     checks.check_model(config.change(model_name="org/half"), ModelFacts.read("org/half"))
 except ConfigError as error:

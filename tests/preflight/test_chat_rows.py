@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.preflight import plan
-from tp2d_helpers.preflight.checks import check_data
+from tp2d_helpers.preflight import data, plan
+from tp2d_helpers.preflight.data import check_data
 
 CHATS = Path(__file__).parent.parent / "data" / "chats.jsonl"
 # Without control tokens, so that the demo's tokenizer can write it: "Q:" and "A:" lines.
@@ -56,6 +58,37 @@ def test_what_is_said(run: Callable[..., Config]) -> None:
     found, chosen = checked(run(packing=False, loss_on="all", seq_length=256))
     assert "100.0% of the tokens with loss" in found and chosen.endswith("; loss on all tokens, of all turns")
     assert "longer" not in found and "7 examples" in found  # a question, too, has something to learn
+
+
+def test_packed_whole(run: Callable[..., Config]) -> None:
+    """By default; what is lost of chats that are longer than a sample is said."""
+    for packing in ("auto", "documents"):
+        found, chosen = checked(run(packing=packing, seq_length=40))
+        assert re.search(r", 5 packed samples of 40$", found)
+        assert re.search(
+            r"^5 steps per epoch, 1 samples each; whole documents packed( \(auto\))?, kept apart by a mask, "
+            r"\d+\.\d% padding; "
+            r"\d+\.\d% of the tokens lost, as \d documents are longer than 40 \(packing = True keeps them\); loss on",
+            chosen,
+        ), chosen
+        assert ("(auto)" in chosen) == (packing == "auto")
+
+
+def test_packed_across_where_they_cannot_be_kept_apart(
+    run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "auto" takes what the model can; a setting of the user's is not changed, but refused."""
+
+    def refuse(*_: Any) -> str:
+        raise ConfigError("packing = 'documents': 'mamba' can't keep the documents of a sample apart (so). Take …")
+
+    monkeypatch.setattr(data, "check_apart", refuse)
+    config = run()
+    _, samples, found, chosen = data.check_data(config, ModelFacts.read(config.model_name))
+    assert samples.packing is True and "packed samples of 32" in found
+    assert "; packing = True, as documents can't be kept apart (so); loss on" in chosen
+    with pytest.raises(ConfigError, match="'mamba' can't keep"):
+        checked(run(packing="documents"))
 
 
 def test_without_a_template(run: Callable[..., Config]) -> None:

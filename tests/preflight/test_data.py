@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tp2d_helpers.cache import DAY, UNUSED_DAYS, build_once, cache_dir
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.preflight.checks import check_data
+from tp2d_helpers.preflight.data import check_data
 
 
 @pytest.fixture
@@ -54,6 +55,20 @@ def test_a_single_file(run: Callable[..., Config], tmp_path: Path) -> None:
         assert f"book.txt: files used 1 of 1, rows without text 0 of {rows}, " in found
     with pytest.raises(ConfigError, match="eval_samples = 2: held-out samples must come from documents that training"):
         checked(run(dataset_name=str(tmp_path / "book.txt"), eval_samples=2))
+
+
+def test_long_documents_lose_their_ends(run: Callable[..., Config], tmp_path: Path) -> None:
+    """Text is packed across documents unless asked otherwise, and then the row says what that costs."""
+    write_rows(tmp_path / "data.jsonl", "a short one", "a long one " * 40, *(f"line {j}" for j in range(9)))
+    config = run(dataset_name=str(tmp_path / "data.jsonl"))
+    _, found, chosen = checked(config)
+    assert "packed samples of 16" in found and chosen.endswith("1 samples each")
+    _, found, chosen = checked(config.change(packing="documents"))
+    assert re.search(r"; whole documents packed, kept apart by a mask, \d+\.\d% padding; ", chosen)
+    tokens, lost = re.search(r"([\d,]+) tokens", found)[1], re.search(r"([\d.]+)% of the tokens lost, as 1 doc", chosen)
+    assert float(lost[1]) > 50 and int(tokens) > 16 and chosen.endswith(" longer than 16 (packing = True keeps them)")
+    _, _, chosen = checked(config.change(packing="documents", seq_length=256))
+    assert "lost" not in chosen
 
 
 def test_a_dataset_of_its_own_to_evaluate_on(run: Callable[..., Config], tmp_path: Path) -> None:

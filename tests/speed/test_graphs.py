@@ -190,10 +190,13 @@ def test_host_bound() -> None:
     (dict(tp_size=2, optimizations="cuda_graph,block_all_reduce,peer_copies"), True, True),
     (dict(activation_checkpointing="full"), True, False),
     (dict(zero_stage=3), True, False),
+    (dict(packing="documents"), True, False),
+    (dict(packing="documents", optimizations="compile,cuda_graph"), True, False),
 ])  # fmt: skip
 def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: bool) -> None:
-    names, _ = chosen_optimizations(settings, on_gpu)
+    names, without = chosen_optimizations(settings, on_gpu)
     assert ("cuda_graph" in names) == chosen
+    assert without.startswith("no cuda_graph: micro-batches hold") == ("packing" in settings)
     assert not {"cuda_graph", "peer_copies"} <= names
 
 

@@ -65,7 +65,10 @@ def continue_run(config: Config) -> Config:
         )
     if newest:
         check_origin(newest, config.trust_checkpoint)
-    found, now = settings_of(config.run_dir, newest), config.model_dump()
+    found = settings_of(config.run_dir, newest)
+    if config.packing == "auto":  # as the run began, whatever "auto" would be now
+        config = config.change(packing=found.get("packing", "auto"))
+    now = config.model_dump()
     names = [name for name in IDENTITY if name in found and found[name] != now[name]]
     if "auto" in (found.get("precision"), now["precision"]):  # not known before the launch: see `load_checkpoint`
         names = [name for name in names if name != "precision"]

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from tp2d_helpers import startup
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.dataset import load_samples
+from tp2d_helpers.data.dataset import Packing, load_samples
+from tp2d_helpers.data.packing import collate
 from tp2d_helpers.data.tokens import SOURCE
 
 
@@ -63,7 +64,7 @@ def create_dataloader(
     seed: int = 42,
     dataset_percentage: float = 10.0,
     gradient_accumulation_steps: int = 1,
-    packing: bool = True,
+    packing: Packing = True,
     debug_steps: int = 0,
     eval_samples: int = 0,
     eval_dataset_name: str = "",
@@ -73,7 +74,8 @@ def create_dataloader(
 
     Ranks of one TP group pass the same `dp_rank` and get the same batches. A batch holds `input_ids` and `labels`,
     int64 [batch_size_per_gpu, seq_length]. No attention mask is needed: padding is on the right, where causal
-    attention never looks from a real token, and its labels are ignored.
+    attention never looks from a real token, and its labels are ignored. With packing "documents" it also holds
+    `position_ids` of the same shape, by which attention keeps documents apart, and their `cumulative_lengths`.
 
     Args:
         debug_steps: end an epoch after this many optimizer steps (0: after all of them).
@@ -94,7 +96,8 @@ def create_dataloader(
     sampler.steps_per_epoch = min(sampler.steps_per_epoch, debug_steps or sampler.steps_per_epoch)
     startup.mark("data")
     # With a generator of its own: the loader draws a number at each start, which a resumed run would have more of.
-    return DataLoader(dataset, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    options = dict(pin_memory=torch.cuda.is_available(), generator=torch.Generator())
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **options)
 
 
 def global_batches(loader: DataLoader) -> Iterator[tuple[list[dict[str, torch.Tensor]], int]]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from tp2d_helpers import heartbeat
 from tp2d_helpers.data.dataset import IGNORED
+from tp2d_helpers.data.packing import collate
 
 if TYPE_CHECKING:
     import deepspeed
@@ -27,7 +28,7 @@ def held_out_batches(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     for number, first in enumerate(range(sampler.samples, len(dataset), dp_size * micro_batch), start=1):
         begin = first + sampler.dp_rank * micro_batch
         places = range(begin, begin + micro_batch)
-        batch = default_collate([dataset[min(place, len(dataset) - 1)] for place in places])
+        batch = collate([dataset[min(place, len(dataset) - 1)] for place in places])
         batch["labels"][[place >= len(dataset) for place in places]] = IGNORED
         heartbeat.mark(f"evaluation, batch {number}")
         yield batch

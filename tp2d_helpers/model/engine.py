@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
+from tp2d_helpers.model.apart import keep_documents_apart
 from tp2d_helpers.model.lora import add_adapters, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.rehearsal import rehearse
@@ -123,6 +124,8 @@ def setup_model_with_autotp(
     check_shards(engine.module, planned)
     if adapters:
         join(engine.module, adapters)
+    if config.get("packing") == "documents":
+        keep_documents_apart(engine.module)
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.

@@ -71,7 +71,7 @@ def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehe
     Raises:
         ConfigError: if nothing makes it equal, or the model can't be trained on tokens and labels alone.
     """
-    with _quiet():
+    with quiet():
         return _divided(hf_config, tp_size) if tp_size > 1 else _whole(hf_config)
 
 
@@ -167,7 +167,7 @@ def compare_losses(hf_config: transformers.PretrainedConfig) -> None:
     Raises:
         ConfigError: if they differ, so that training would follow another loss than the model's.
     """
-    with _quiet():
+    with quiet():
         model = _small(hf_config).eval()
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(hf_config.get_text_config().vocab_size, SAMPLE, generator=draw)
@@ -207,7 +207,7 @@ def _small(hf_config: transformers.PretrainedConfig) -> torch.nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """AutoTP as for training, a mask of causal attention without a look at positions, and nothing below an error."""
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The checks of settings, versions, model, memory, data and precision. Each says what it found, or ends the run.
+"""The checks of settings, versions, model, memory and precision. Each says what it found, or ends the run.
 
 A check returns what was found and what was chosen, for preflight's table, or raises `ConfigError` with the value found
 and what would be right.
@@ -7,19 +7,13 @@ and what would be right.
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
-from typing import Any
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
 
-from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
 from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
-from tp2d_helpers.data.dataloader import GlobalBatchSampler
-from tp2d_helpers.data.dataset import TokenDataset, load_samples
-from tp2d_helpers.data.files import local_files
-from tp2d_helpers.data.tokens import SOURCE, load_tokenizer
+from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters, targets
@@ -30,7 +24,6 @@ from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.preflight.weights import check_weights
 from tp2d_helpers.speed.devices import Device, device_named
 from tp2d_helpers.speed.layers import decoder_layers
-from tp2d_helpers.training.samples import NEW_TOKENS, encode_prompts
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
@@ -148,81 +141,6 @@ def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, s
         )
     tight = "; tight: it may run out of memory" if share > SAFE else ""
     return found, describe_parts(memory) + tight
-
-
-def check_data(config: Config, model: ModelFacts) -> tuple[int, dict[str, Any], str, str]:
-    """(steps per epoch, the data's `identity`, what it is, how it is cut). Tokenises it if this node hasn't yet.
-
-    Raises:
-        ConfigError: if it can't be read, is smaller than one global batch, has tokens that the model doesn't know, or
-            has no documents to hold out.
-    """
-    removed = clear_cache()
-    names = (*SOURCE, "seq_length", "packing", "eval_samples", "eval_dataset_name")
-    data, size = load_samples(**{name: getattr(config, name) for name in names}), config.global_batch_size
-    kind = "packed" if config.packing else "padded"
-    if data.samples < size:
-        held_out = f" and {config.eval_samples} held out (eval_samples)" if len(data) > data.samples else ""
-        raise ConfigError(
-            f"dataset_name = {config.dataset_name!r}: {data.samples} {kind} samples of {config.seq_length} tokens "
-            f"({len(data.tokens):,} tokens in all){held_out}, fewer than one global batch of {size} "
-            f"(batch_size_per_gpu {config.batch_size_per_gpu} × dp_size {config.dp_size} × "
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps}). Take a smaller one, shorter samples "
-            "or more data."
-        )
-    prompts = encode_prompts(config.model_dump(), chats=data.mask is not None)
-    known = [part.meta["highest"] for part in (data, data.other or data)]
-    highest = max(*known, 0 if config.packing else data.pad, *itertools.chain(*prompts.values()))
-    if highest >= model.vocabulary:
-        raise ConfigError(
-            f"model_name = {config.model_name!r}: its tokenizer gives id {highest}, the model has "
-            f"{model.vocabulary} ids; "
-            "take the tokenizer that belongs to the model, or resize the model's embeddings"
-        )
-    steps = GlobalBatchSampler(data.samples, size, 1, 0, 1, config.seed).steps_per_epoch
-    steps = min(steps, config.debug_steps or steps)
-    files, empty = local_files(config.dataset_name, config.dataset_config), data.meta["rows"] - data.meta["documents"]
-    found = [str(files)] if files else []
-    chats, loss = describe_chats(data)
-    samples = data.samples if data.other else len(data)
-    found += chats or ([f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else [])
-    found += [f"{len(data.tokens):,} tokens", f"{samples:,} {kind} samples of {config.seq_length}"]
-    chosen = [f"{steps} steps per epoch, {size} samples each", *loss]
-    chosen += describe_held_out(config, data)
-    if prompts:
-        chosen.append(f"{len(prompts)} prompts continued by up to {NEW_TOKENS} tokens at each evaluation")
-    if removed:
-        chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
-    return steps, data.identity, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
-
-
-def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
-    """What a run is evaluated on, for preflight's table; nothing if it isn't."""
-    if data.other:
-        return [f"evaluated on {config.eval_samples} of {data.other.samples:,} samples of {config.eval_dataset_name}"]
-    return [f"{config.eval_samples} samples held out, of {data.held_out} documents"] if config.eval_samples else []
-
-
-def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
-    """(what was found in chats, what becomes of them) for preflight's table; nothing of plain text."""
-    if data.mask is None:
-        return [], []
-    meta, kept, length = data.meta, data.meta["documents"], data.seq_length
-    found = [f"{meta['format']}: {kept:,} examples, {meta['turns']:,} turns",
-             f"{meta['with_loss'] / meta['tokens']:.1%} of the tokens with loss"]  # fmt: skip
-    if meta["rows"] > kept:
-        found.append(f"left out, without an answer: {meta['rows'] - kept:,} of {meta['rows']:,}")
-    if data.too_long:
-        found.append(f"longer than {length} tokens: {data.too_long:,}")
-    chosen = {
-        "assistant": "loss on the assistant's turns with their stop tokens",
-        "all": "loss on all tokens, of all turns",
-    }[meta["loss_on"]]
-    if data.too_long:
-        cut = "go on in the next sample" if data.packing else "are cut there"
-        left_out = f" ({data.left_out:,} left out, as no answer begins before)" if data.left_out else ""
-        chosen += f"; longer examples {cut}{left_out}"
-    return found, [chosen]
 
 
 def settled_precision(config: Config, resources: dict[str, float]) -> str:

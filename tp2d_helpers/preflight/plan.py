@@ -19,7 +19,6 @@ from tp2d_helpers.data.files import absolute_name
 from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.checks import (
-    check_data,
     check_lora,
     check_memory,
     check_model,
@@ -36,6 +35,7 @@ from tp2d_helpers.preflight.cluster import (
     loopback_variables,
 )
 from tp2d_helpers.preflight.connection import connect
+from tp2d_helpers.preflight.data import check_data
 from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
@@ -99,19 +99,20 @@ def preflight(config: Config) -> Plan:
     rows.append(("model", *check_model(config, model)))
     rows += check_lora(config, model)
     rows += check_memory(config, model, resources)
+    placement = describe_placement(config, model, counts)
+    steps, data, *described = check_data(config, model)
+    config = config.change(packing=data.packing)
     names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
     rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
-    rows += describe_placement(config, model, counts)
-    steps, data, *described = check_data(config, model)
-    rows.append(("data", *described))
+    rows += [*placement, ("data", *described)]
     schedule = check_schedule(config, last_step(config, steps))
     if given.learning_rate == "auto" or config.learning_rate_schedule != "constant":
         kind = "random weights" if has_random_weights(config.model_name) else "pretrained weights"
         rows.append(("learning rate", "LoRA" if config.lora_rank else kind, schedule))
     rows.append(("storage", check_storage(config), str(config.run_dir)))
     rows += check_trackers(config)
-    rows += check_checkpoints(config, then, data, steps)
-    record_run(config, data)
+    rows += check_checkpoints(config, then, data.identity, steps)
+    record_run(config, data.identity)
     return Plan(config, model, resources_per_worker, steps, rows)
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput
 
+from tp2d_helpers.speed import documents
 from tp2d_helpers.speed.agreement import first_trouble
 
 # Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
@@ -149,15 +150,18 @@ def skip_search_for_packed_samples(model: torch.nn.Module) -> None:
     """Tell `transformers` that to attention a sample is one sequence, unless the batch has position ids.
 
     It would look for places where positions start again, and for that ask the GPU in each forward pass, though it
-    numbered them itself; and where it can't ask, in a graph, use a mask in place of flash attention's own.
+    numbered them itself; and where it can't ask, in a graph, use a mask in place of flash attention's own. A batch of
+    packed documents says where they begin, in `cu_seq_lens_q`.
     """
     search, whole = masking_utils.find_packed_sequence_indices, model.forward
 
     @functools.wraps(whole)
-    def forward(*args: Any, **batch: Any) -> Any:
+    def forward(*args: Any, cu_seq_lens_q: torch.Tensor | None = None, **batch: Any) -> Any:
         """The model's own output."""
         given = batch.get("position_ids") is not None or len(args) > 2
-        masking_utils.find_packed_sequence_indices = search if given else lambda position_ids: None
+        find = search if given else lambda position_ids: None
+        masking_utils.find_packed_sequence_indices = find if cu_seq_lens_q is None else documents.number_documents
+        documents.set_lengths(cu_seq_lens_q)
         return whole(*args, **batch)
 
     model.forward = forward

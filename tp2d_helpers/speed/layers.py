@@ -179,7 +179,7 @@ def compile_layers(model: torch.nn.Module) -> None:
 
 # What "selective" checkpointing keeps: the results of matmuls, attention and communication. The element-wise
 # rest is cheap to compute again.
-KEPT = {"mm", "addmm", "bmm", "row_matmul"}
+KEPT = {"mm", "addmm", "bmm", "row_matmul", "_varlen_attn"}
 
 
 def _keep_matmuls(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -29,6 +29,7 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     "auto" takes all that help: on CPUs, compilation costs a minute and gains little; graphs are for one GPU per copy
     of the model. Copies are between two peers, and not in a graph: each goes to another inbox than the one before; nor
     are they beside frozen weights, without whose gradients there is nothing to hide them behind.
+    Packed documents are as many as a micro-batch happens to have, and a graph's inputs have one shape.
     """
     names, stage, tp_size = config.get("optimizations", "auto"), config.get("zero_stage", 1), config.get("tp_size", 1)
     chosen = {"auto": set(OPTIMIZATIONS), "none": set()}.get(names, set(names.split(",")))
@@ -37,13 +38,18 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     recomputes = config.get("activation_checkpointing", "none") != "none"
     if not on_gpu or recomputes or (names == "auto" and tp_size > 1):
         chosen.discard("cuda_graph")
+    trouble = []
+    if "cuda_graph" in chosen and config.get("packing") == "documents":
+        chosen.discard("cuda_graph")
+        trouble.append("no cuda_graph: micro-batches hold different numbers of documents")
     if "cuda_graph" in chosen or config.get("lora_rank") or not (on_gpu and peers_copy(chosen, tp_size)):
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
     if "compile" in chosen and not compilers(on_gpu):
-        return chosen - {"compile"}, f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed"
-    return chosen, ""
+        chosen.discard("compile")
+        trouble.append(f"not compiled: {'Triton' if on_gpu else 'a C++ compiler'} is not installed")
+    return chosen, "; ".join(trouble)
 
 
 def peers_copy(names: Collection[str], tp_size: int) -> bool:

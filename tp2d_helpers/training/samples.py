@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tp2d_helpers import heartbeat
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.packing import cumulative_lengths
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.training.metrics import append, keep_until, read_metrics
 
@@ -73,6 +74,7 @@ class Samples:
         """Begin after `done` steps: texts of later steps, left by a run that was cut off, are dropped."""
         self.engine, self.path = engine, Path(run_dir, FILE)
         self.shape = config["batch_size_per_gpu"], config["seq_length"]
+        self.apart = loader.dataset.packing == "documents"
         self.prompts = encode_prompts(config, loader.dataset.mask is not None)
         self.tokenizer = _tokenizer(config) if self.prompts else None
         if dist.get_rank() == 0 and self.path.exists():
@@ -83,7 +85,7 @@ class Samples:
         if not self.prompts:
             return
         heartbeat.mark(f"samples of step {step}")
-        answers = generate(self.engine, list(self.prompts.values()), self.shape)
+        answers = generate(self.engine, list(self.prompts.values()), self.shape, self.apart)
         if dist.get_rank() == 0:
             texts = [self._text(answer) for answer in answers]
             append(self.path, [dict(step=step, prompt=p, text=t) for p, t in zip(self.prompts, texts, strict=True)])
@@ -97,7 +99,9 @@ class Samples:
 
 
 @torch.no_grad()
-def generate(engine: deepspeed.DeepSpeedEngine, prompts: list[list[int]], shape: tuple[int, int]) -> list[list[int]]:
+def generate(
+    engine: deepspeed.DeepSpeedEngine, prompts: list[list[int]], shape: tuple[int, int], apart: bool = False
+) -> list[list[int]]:
     """The `NEW_TOKENS` that follow each prompt, the same on all ranks of a TP group. Collective over the world.
 
     Every forward pass has the shape and arguments of the evaluation's, so that nothing is compiled again. A token never
@@ -105,9 +109,13 @@ def generate(engine: deepspeed.DeepSpeedEngine, prompts: list[list[int]], shape:
 
     Args:
         shape: (samples, seq) of a micro-batch.
+        apart: whether batches are of packed documents; here each is a sample of its own.
     """
     found: list[list[int]] = []
     unused = torch.ones((), device=engine.device)
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    packed = dict(position_ids=positions, cu_seq_lens_q=cumulative_lengths(positions)) if apart else {}
+    packed = {name: tensor.to(engine.device) for name, tensor in packed.items()}
     engine.eval()
     for first in range(0, len(prompts), shape[0]):
         part = prompts[first : first + shape[0]]
@@ -117,7 +125,7 @@ def generate(engine: deepspeed.DeepSpeedEngine, prompts: list[list[int]], shape:
         rows = torch.arange(len(part), device=engine.device)
         ends = torch.tensor([len(prompt) for prompt in part], device=engine.device)
         for new in range(NEW_TOKENS):
-            logits = engine(input_ids=tokens, num_items_in_batch=unused, use_cache=False).logits
+            logits = engine(input_ids=tokens, **packed, num_items_in_batch=unused, use_cache=False).logits
             tokens[rows, ends + new] = highest(logits[rows, ends + new - 1], engine.module.get_output_embeddings())
         found += [row[end:][:NEW_TOKENS] for row, end in zip(tokens.tolist(), ends.tolist(), strict=False)]
     engine.train()
