@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import inspect
 import math
 import statistics
@@ -35,8 +36,8 @@ def show_source(*objects: Any) -> None:
     source = "\n\n\n".join(_without_sections(textwrap.dedent(inspect.getsource(thing)).rstrip()) for thing in objects)
     # Styles stand in the tags, so that the code looks the same in every viewer and theme.
     formatter = HtmlFormatter(style="friendly", noclasses=True, prestyles=SOURCE_STYLE, wrapcode=False)
-    html = highlight(source, PythonLexer(), formatter)
-    display({"text/html": html, "text/plain": source}, raw=True)
+    coloured = highlight(source, PythonLexer(), formatter)
+    display({"text/html": coloured, "text/plain": source}, raw=True)
 
 
 def _without_sections(source: str) -> str:
@@ -68,6 +69,17 @@ def _cell(value: Any, digits: int) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
     return "" if value is None else str(value).replace("|", "\\|")
+
+
+def show_example(segments: Iterable[tuple[str, bool]]) -> None:
+    """Display a text of which some has loss, as `data.example_segments` gives it: that stands on green."""
+    parts, plain = [], []
+    for text, has_loss in segments:
+        style = ' style="color: #10451d; background: #b7e4c7"' if has_loss else ""
+        parts.append(f"<span{style}>{html.escape(text)}</span>")
+        plain.append(f"[{text}]" if has_loss else text)
+    block = f'<pre style="{SOURCE_STYLE}; white-space: pre-wrap">{"".join(parts)}</pre>'
+    display({"text/html": block, "text/plain": "".join(plain)}, raw=True)
 
 
 def show_results(records: list[dict[str, Any]], first: int = 1) -> None:
