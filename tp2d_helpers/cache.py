@@ -65,7 +65,8 @@ def clear_cache() -> list[str]:
       the lock free the folder is nobody's. On a network file system locks may not reach across nodes: a folder that
       another node made must have been untouched for a day as well.
     - Parts of a folder that is complete, or that nobody has added any to for `UNFINISHED_DAYS` days.
-    - Tokens (`tokens-*`) that no run has used for `UNUSED_DAYS` days. Models are kept: there are few.
+    - Tokens (`tokens-*`), and the rows that they are made of (`rows-*`), that no run has used for `UNUSED_DAYS` days.
+      Models are kept: there are few.
     """
     removed = []
     for lock in sorted(cache_dir().glob("*.lock")):
@@ -73,7 +74,7 @@ def clear_cache() -> list[str]:
         found = [
             path for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir() and _is_abandoned(path, folder)
         ]
-        if folder.name.startswith("tokens-") and _age(folder) > UNUSED_DAYS * DAY:
+        if folder.name.startswith(("tokens-", "rows-")) and _age(folder) > UNUSED_DAYS * DAY:
             found.append(folder)
         if found:
             with contextlib.suppress(Timeout, OSError), _lock(folder, timeout=0):
