@@ -164,13 +164,13 @@ def test_the_tokenizer_is_given_a_bounded_text(
 
 
 def test_python_memory_does_not_grow_with_documents(tokenizer: str, tmp_path: Path) -> None:
-    """The same 600,000 characters as 600 documents, as 6 and as one, from the rows to the tokens."""
+    """The same 600,000 characters as 6 documents and as one, from the rows to the tokens."""
     peaks = []
-    for documents, size in ((600, 1_000), (6, 100_000), (1, 600_000)):
+    for documents, size in ((6, 100_000), (1, 600_000)):
         path = write(tmp_path / f"{size}.jsonl", [f"{i} " + "ten chars " * (size // 10) for i in range(documents)])
         text = load_text(str(path))
         tracemalloc.start()
         text_to_tokens.tokenize(text, load_tokenizer(tokenizer), tmp_path, progress=False)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert max(peaks) < 1.5 * peaks[0]
+    assert peaks[1] < 1.5 * peaks[0]
