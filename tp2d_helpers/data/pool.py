@@ -12,6 +12,7 @@ when it leaves for any reason, such as Ctrl-C, and by itself when that one is go
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -35,7 +36,11 @@ from tp2d_helpers.data.rows import Place, Text, divide
 SIZE = 4_000_000  # bytes of text in a part, at most, or one row of chats
 MOST = 16  # processes: each needs about 60 MB of its own
 INTERVAL = 0.5  # seconds between two signs of life
-START = "import sys; sys.path[:] = {path!r}; from tp2d_helpers.data.pool import main; main({handle})"
+# `tokens` imports all that tokenising does, torch too: done by each process, that would be 250 MB in each.
+START = """import sys; sys.path[:] = {path!r}
+import tp2d_helpers.data.tokens
+from tp2d_helpers.data.pool import main
+main({handle})"""
 
 
 class Encoder(Protocol):
@@ -118,6 +123,7 @@ def main(handle: int) -> None:
     """What the new process does. Sends numbers of bytes, parts, an exception, and None at the end."""
     link = Connection(handle)
     job = link.recv()
+    gc.freeze()  # a collection would write to the memory that is shared
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
     try:
         for message in _work(job, link):
