@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data import pool
 from tp2d_helpers.data import tokens as text_to_tokens
 from tp2d_helpers.data.folder import Part, digest
+from tp2d_helpers.data.rows import read
 from tp2d_helpers.data.text import load_text
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
 from tp2d_helpers.demo import demo_documents
@@ -274,3 +276,12 @@ def test_memory_does_not_grow_with_a_document(cache: Path, tokenizer: str, by: C
         done.set()
         watcher.join()
     assert 0 < peaks[True] < peaks[False] + 400 * 2**20
+
+
+def test_a_row_is_a_view_of_its_file() -> None:
+    """A scalar of pyarrow would be a copy, for each part of a long document."""
+    rows = datasets.Dataset.from_dict({"text": ["abc", None, "é☃", ""]})
+    texts = [*read(rows, 0, 4)]
+    assert [str(text) for text in texts] == ["abc", "", "é☃", ""] and [str(text) for text in read(rows, 2, 3)] == ["é☃"]
+    whole = rows.data.column(0).chunk(0).cast("large_string").buffers()[2].address
+    assert np.frombuffer(texts[0].data, np.uint8).ctypes.data == whole

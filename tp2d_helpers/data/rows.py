@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.compute
 
@@ -22,7 +24,7 @@ class Place(NamedTuple):
 class Text:
     """The text of a row as UTF-8, in a view of the file that it is in."""
 
-    def __init__(self, data: pyarrow.Buffer | bytes) -> None:
+    def __init__(self, data: memoryview | bytes) -> None:
         self.data = memoryview(data)
 
     def __len__(self) -> int:
@@ -52,8 +54,12 @@ def read(rows: datasets.Dataset, begin: int, end: int, column: int = 0) -> Itera
     """A column of the rows from `begin` to before `end`."""
     for first in range(begin, end, 1000):
         table = rows.with_format("arrow")[first : min(end, first + 1000)]  # a view of the file: no text is held yet
-        for row in table.column(column).cast(pyarrow.large_string()):
-            yield Text(row.as_buffer() or b"")
+        for chunk in table.column(column).cast(pyarrow.large_string()).chunks:
+            if len(chunk):  # by its buffers: a scalar of pyarrow is a copy
+                _, ends, data = chunk.buffers()
+                bounds = np.frombuffer(ends, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+                known, data = chunk.is_valid().to_pylist(), memoryview(data or b"")
+                yield from (Text(data[i:j] if k else b"") for (i, j), k in zip(pairwise(bounds), known, strict=True))
 
 
 def lengths(rows: datasets.Dataset) -> Iterator[int]:
