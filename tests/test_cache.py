@@ -77,13 +77,13 @@ def test_what_another_node_builds_is_left_alone_for_a_day(folder: Path, monkeypa
 
 
 def test_tokens_go_when_unused_and_each_use_counts(folder: Path) -> None:
-    for name in ("tokens-old", "tokens-used", "tokens-new", "demo-model"):
+    for name in ("tokens-old", "rows-old", "tokens-used", "tokens-new", "demo-model"):
         make(folder, name)
-    for name in ("tokens-old", "tokens-used", "demo-model"):
+    for name in ("tokens-old", "rows-old", "tokens-used", "demo-model"):
         last_changed(folder / name, UNUSED_DAYS + 1)
     make(folder, "tokens-used")  # it is there: it is used
     last_changed(folder / "tokens-new", UNUSED_DAYS - 1)
-    assert clear_cache() == ["tokens-old"]
+    assert clear_cache() == ["rows-old", "tokens-old"]
     assert folders(folder) == ["demo-model", "tokens-new", "tokens-used"]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data import chat_tokens
+from tp2d_helpers.data import text_tokens
 from tp2d_helpers.data.chats import from_json, to_json
 from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
@@ -94,7 +94,7 @@ def test_many_chats_or_few_at_a_time(cache: Path, speaker: Callable, monkeypatch
     monkeypatch.setattr(type(tokenizer), "__call__", counting)
     whole = prepare_tokens(speaker("chatml"), str(CHATS))
     assert len(given) == 1
-    monkeypatch.setattr(chat_tokens, "CHARACTERS", limit)
+    monkeypatch.setattr(text_tokens, "CHARACTERS", limit)
     parts = prepare_tokens(speaker("chatml"), str(CHATS))
     longest = max(len(re.sub("[⟦⟧]", "", text)) for text in expected.CHATML)
     assert len(given) > 6 and max(given[1:]) <= limit + longest < given[0]

@@ -6,6 +6,7 @@ import bz2
 import functools
 import gzip
 import lzma
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,49 @@ def test_local_sources(tmp_path: Path, suffix: str, in_folder: bool) -> None:
     assert found["text"] == (DOCUMENTS if in_folder else halves[0])
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".txt"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"])
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_compressed_files(tmp_path: Path, suffix: str, compression: str) -> None:
     plain = write(tmp_path / f"documents{suffix}", DOCUMENTS).read_bytes()
     packed = tmp_path / f"documents{suffix}{compression}"
     packed.write_bytes(bytes(COMPRESS[compression](plain)))
     assert load_text(str(packed), text_files="paragraph")["text"] == DOCUMENTS
+    if suffix == ".txt":
+        assert load_text(str(packed))["text"] == [plain.decode()]
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(ConfigError, match=r"documents\..* can't be loaded, after \d+ rows"):
         load_text(str(packed), text_files="paragraph")
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".ndJSON.GZ", ".Json.zst", ".CSV.Gz", ".TSV.ZST", ".Parquet", ".TXT.gz"])
+def test_any_case(tmp_path: Path, suffix: str) -> None:
+    last = Path(suffix).suffix.lower()
+    data = write(tmp_path / f"documents{suffix.lower().removesuffix(last if last in COMPRESS else '')}", DOCUMENTS)
+    (tmp_path / "data").mkdir()
+    packed = COMPRESS.get(last, bytes)(data.read_bytes())
+    (tmp_path / "data" / f"DOCUMENTS{suffix}").write_bytes(bytes(packed))
+    assert load_text(str(tmp_path / "data"), text_files="paragraph")["text"] == DOCUMENTS
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_compressed_in_several_pieces(tmp_path: Path, compression: str) -> None:
+    """As tools that compress by all cores write, and `cat` of two files."""
+    pieces = [bytes(COMPRESS[compression](f'{{"text": "{text}"}}\n'.encode())) for text in ("one", "two")]
+    (tmp_path / f"a.jsonl{compression}").write_bytes(b"".join(pieces))
+    assert load_text(str(tmp_path / f"a.jsonl{compression}"))["text"] == ["one", "two"]
+
+
+@pytest.mark.parametrize("suffix, times", [(".txt", 0.3), (".jsonl", 2.5)])
+def test_memory_of_a_long_row(tmp_path: Path, suffix: str, times: float) -> None:
+    """A text file is mapped; a line of JSON has to be parsed as a whole."""
+    path = write(tmp_path / f"long{suffix}", ["a line of text\n" * 1_000_000])
+    tracemalloc.start()
+    try:
+        (document,) = load_text(str(path)).with_format("arrow")[:]["text"]
+        assert tracemalloc.get_traced_memory()[1] < times * path.stat().st_size
+    finally:
+        tracemalloc.stop()
+    assert len(document.as_buffer()) == 15_000_000
 
 
 def test_every_file_of_a_folder_is_used_or_named(tmp_path: Path) -> None:

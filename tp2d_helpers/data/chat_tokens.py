@@ -9,7 +9,7 @@ the rendered chat grows by when the turn is added, and it is checked that nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -19,46 +19,68 @@ import datasets
 import jinja2
 import numpy as np
 import transformers
-from tqdm import tqdm
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.chats import from_json
-from tp2d_helpers.data.folder import TokenWriter
+from tp2d_helpers.data.folder import Part, PartBuilder, digest
+from tp2d_helpers.data.rows import Place, Text, read
+from tp2d_helpers.data.text_tokens import TextEncoder
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 WAYS_OUT = "set chat_template to a .jinja file that marks the assistant's turns by {% generation %}"
-CHARACTERS = 500_000  # that the tokenizer is given at once; it needs about 500 bytes for each
 
 
-def tokenize_chats(
-    chats: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, loss_on: str, progress: bool
-) -> None:
-    """Write the tokens of chats, as `load_text` gives them, and their mask into `folder` (see `TokenWriter`).
-
-    An example without a token to learn is left out and counted. `meta.json` also has: `format`, `loss_on`, `turns`
-    (messages) and `with_loss` (tokens).
+class ChatEncoder:
+    """Tokenises rows of chats, as `load_text` gives them. An example without a token to learn is left out.
 
     Raises:
-        ConfigError: if there is no template, it refuses an example, a turn can't be told from what is around it, or no
-            example has anything to learn.
+        ConfigError: if there is no template, it refuses an example, or a turn can't be told from what is around it.
     """
-    form = chats.column_names[0]
-    renderer = Renderer(tokenizer, form, loss_on)
-    turns = with_loss = 0
-    bar = tqdm(chats, desc="Tokenising", unit=" chats", disable=not progress, mininterval=1)
-    with bar, TokenWriter(folder, masked=True) as writer:
-        for batch in _batches(renderer.render(*from_json(row[form]), row["where"]) for row in bar):
-            tokens = _encode([text for example in batch for text in example.texts], tokenizer)
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, form: str, loss_on: str) -> None:
+        self.text = TextEncoder(tokenizer)
+        self.renderer = Renderer(tokenizer, form, loss_on)
+
+    def cuts(self, chat: Text, size: int) -> Iterator[int]:
+        """A chat is never divided."""
+        return iter(())
+
+    def encode(self, rows: datasets.Dataset, begin: Place, end: Place, tick: Callable[[int], None]) -> Part:
+        """The tokens of the rows from `begin` to before `end`, and their mask. `tick` gets the bytes that are done."""
+        builder, bounds = PartBuilder(), (begin.row, end.row)
+        chats = zip(read(rows, *bounds), read(rows, *bounds, column=1), strict=True)
+        for batch in self._batches(chats):
+            tokens = self._encode([text for example in batch for text in example.texts])
             for example in batch:
                 whole, *prefixes = [next(tokens) for _ in example.texts]
-                mask = renderer.mask(example, whole, prefixes)
+                mask = self.renderer.mask(example, whole, prefixes)
                 if mask[1:].any():  # nothing predicts the first token
-                    writer.add(example.texts[0], [whole], mask)
-                    turns, with_loss = turns + len(example.messages), with_loss + int(mask.sum())
-        if not writer.digests:
-            raise ConfigError(f"dataset_name: none of the {len(chats)} examples ({form}) has an assistant's turn")
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        writer.finish(len(chats), pad, format=form, loss_on=loss_on, turns=turns, with_loss=with_loss)
+                    builder.add(whole, mask)
+                    builder.end(digest([example.texts[0]]) or 0)
+                    builder.turns += len(example.messages)
+            tick(sum(example.size for example in batch))
+        return builder.part()
+
+    def _batches(self, chats: Iterator[tuple[Text, Text]]) -> Iterator[list[Example]]:
+        """Examples of about as many characters as the tokenizer is given at once, or one."""
+        batch, size = [], 0
+        for chat, where in chats:
+            example = self.renderer.render(*from_json(str(chat)), str(where))
+            example.size = len(chat)
+            batch.append(example)
+            size += sum(map(len, example.texts))
+            if size > self.text.characters:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """The tokens of each text."""
+        bounds = np.cumsum([len(text) for text in texts]) // self.text.characters
+        for _, group in groupby(zip(bounds, texts, strict=True), key=lambda pair: pair[0]):
+            ids = self.text.ids([text for _, text in group])
+            yield from (np.asarray(tokens, dtype=np.uint32) for tokens in ids)
 
 
 @dataclass
@@ -70,32 +92,12 @@ class Example:
     has_answers: bool  # that are to be learnt
     texts: list[str]  # the whole, and beginnings of it
     of: list[int] = field(default_factory=list)  # for each beginning, the number of the answer that it is for
+    size: int = 0  # bytes of its row
 
     def add(self, answer: int, beginning: str) -> None:
         """A beginning, which ends where an answer begins or ends."""
         self.texts.append(beginning)
         self.of.append(answer)
-
-
-def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    """Examples of about `CHARACTERS` of text together, or one."""
-    batch, size = [], 0
-    for example in examples:
-        batch.append(example)
-        size += sum(map(len, example.texts))
-        if size > CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(texts: list[str], tokenizer: transformers.PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """The tokens of each text; by all cores, `CHARACTERS` at a time."""
-    bounds = np.cumsum([len(text) for text in texts]) // CHARACTERS
-    for _, group in groupby(zip(bounds, texts, strict=True), key=lambda pair: pair[0]):
-        ids = tokenizer([text for _, text in group], add_special_tokens=False, verbose=False)["input_ids"]
-        yield from (np.asarray(tokens, dtype=np.uint32) for tokens in ids)
 
 
 class Renderer:

@@ -7,6 +7,7 @@ array; all other files are read a few rows at a time.
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import csv
 import gzip
@@ -14,10 +15,14 @@ import io
 import itertools
 import json
 import lzma
+import mmap
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow
 import pyarrow.parquet
@@ -25,7 +30,9 @@ import pyarrow.parquet
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chats import to_json
 from tp2d_helpers.data.files import format_of, is_lfs_pointer
+from tp2d_helpers.data.row_file import one_text
 
+BLOCK = 2**20  # bytes of a text file that are looked at at once
 PEEK = 20  # rows that a format is recognised by
 OPEN: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
@@ -39,12 +46,12 @@ Columns = tuple[str, ...]
 Row = tuple[int, dict[str, Any]]
 
 
-def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[Any]]) -> Iterator[dict[str, str | None]]:
-    """The rows of files, one file after the other, each {text_column: its text}.
+def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of files, one file after the other, each {text_column: its text}, or an Arrow array of just that.
 
     Args:
         how: what a row of a `.txt` file is; see `load_text`.
-        stamps: not used; they tell a changed file from what the cache of `datasets` has.
+        stamps: not used; they tell a changed file from what the cache has.
 
     Raises:
         ConfigError: with the file, for one that can't be read, lacks the column or holds something other than text.
@@ -52,7 +59,7 @@ def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[An
     for path in map(Path, files):
         for number, (_, row) in enumerate(_read(path, (text_column,), how), 1):
             value = row.get(text_column)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not isinstance(value, (str, pyarrow.Array)):
                 kind = type(value).__name__
                 raise ConfigError(
                     f"text_column = {text_column!r}: it must hold text, and in row {number} of {path} it is {kind}"
@@ -112,22 +119,44 @@ def _open(path: Path) -> TextIO:
 
 
 def _read_text(path: Path, columns: Columns, how: str) -> Iterator[Row]:
+    if how == "document":
+        yield 1, {columns[0]: _map_text(path)}
+        return
     with _open(path) as lines:
-        if how == "document":
-            yield 1, {columns[0]: lines.read()}
-            return
         blocks = itertools.groupby(lines, key=lambda line: not line.strip())
         for number, block in enumerate((block for blank, block in blocks if not blank), 1):
             yield number, {columns[0]: "".join(block).rstrip("\r\n")}
 
 
+def _map_text(path: Path) -> pyarrow.Array | str:
+    """All of a text file, in a view of it: an array of one text."""
+    with contextlib.ExitStack() as files:
+        file: BinaryIO = files.enter_context(open(path, "rb"))
+        if compressed := OPEN.get(path.suffix.lower()):
+            file = files.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(files.enter_context(compressed(path, "rb")), file)
+            file.flush()
+        if not os.fstat(file.fileno()).st_size:
+            return ""
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    data = data[3:] if data[:3] == codecs.BOM_UTF8 else data
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for begin in range(0, len(data), BLOCK):
+        decoder.decode(data[begin : begin + BLOCK], final=begin + BLOCK >= len(data))  # raises if it isn't text
+    return one_text(data)
+
+
 def _json_lines(lines: Iterator[str], first: int = 1) -> Iterator[Row]:
-    for number, line in enumerate(lines, first):
+    number = first - 1  # not by `enumerate`, which keeps a line that it has given until the next one
+    for line in lines:
+        number += 1
         if line.strip():
             try:
-                yield number, json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise json.JSONDecodeError(f"line {number} of the file: {error.msg}", error.doc, error.pos) from None
+            del line  # it may be large
+            yield number, row
 
 
 def _read_json_lines(path: Path, columns: Columns, how: str) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chats import FORMATS, chat_format, to_json
 from tp2d_helpers.data.files import local_files, stamp
 from tp2d_helpers.data.readers import PEEK, no_column, peek, read_chats, read_rows
+from tp2d_helpers.data.row_file import map_rows
 from tp2d_helpers.demo import demo_documents
 
 DEFAULT_CONFIGS = {"wikitext": "wikitext-2-raw-v1", "Salesforce/wikitext": "wikitext-2-raw-v1"}
@@ -68,17 +69,14 @@ def _share(rows: datasets.Dataset, percentage: float) -> datasets.Dataset:
     return rows.select(range(round(len(rows) * percentage / 100)))
 
 
-def _features(form: str) -> datasets.Features:
-    return datasets.Features({form: datasets.Value("large_string"), "where": datasets.Value("string")})
-
-
 def _chats(rows: datasets.Dataset, text_column: str) -> datasets.Dataset:
     """A dataset of the hub as it is, or as chats."""
     if not (form := chat_format(rows.select(range(min(PEEK, len(rows)))).to_list(), text_column)):
         return rows
+    features = datasets.Features({name: datasets.Value("large_string") for name in (form, "where")})
     return rows.map(
         lambda row, i: to_json(row, form, f"row {i + 1}"),
-        with_indices=True, remove_columns=rows.column_names, features=_features(form), writer_batch_size=16,
+        with_indices=True, remove_columns=rows.column_names, features=features, writer_batch_size=16,
     )  # fmt: skip
 
 
@@ -91,18 +89,8 @@ def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> d
 
 
 def _load_files(files: list[Path], text_column: str, text_files: str, form: str | None) -> datasets.Dataset:
-    """The rows of local files, copied once into the cache of `datasets`, from where they are memory-mapped."""
-    features = datasets.Features({text_column: datasets.Value("large_string")})
-    shared = dict(files=[str(file) for file in files], stamps=stamp(*files))  # the stamps are a part of the cache's key
-    try:
-        return datasets.Dataset.from_generator(
-            read_chats if form else read_rows,
-            features=_features(form) if form else features,
-            gen_kwargs=shared
-            | (dict(columns=FORMATS[form], form=form) if form else dict(text_column=text_column, how=text_files)),
-            writer_batch_size=16,  # rows that are held in memory, whatever their size
-        )
-    except ValueError as error:
-        if "no data" not in str(error):
-            raise
-        raise ConfigError(f"dataset_name: no rows in {', '.join(map(str, files[:4]))}") from error
+    """The rows of local files. Their stamps tell files that changed from those that were read before."""
+    shared = dict(files=[str(file) for file in files], stamps=stamp(*files))
+    if form:
+        return map_rows(read_chats, [form, "where"], columns=FORMATS[form], form=form, **shared)
+    return map_rows(read_rows, [text_column], text_column=text_column, how=text_files, **shared)

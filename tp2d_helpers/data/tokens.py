@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from tp2d_helpers.cache import build_once, cache_dir, clear_cache
+from tp2d_helpers import heartbeat
+from tp2d_helpers.cache import build_once, cache_dir, clear_cache, parts_of
 from tp2d_helpers.config import ConfigError, reason
-from tp2d_helpers.data.chat_tokens import read_segments, tokenize_chats
+from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
 from tp2d_helpers.data.files import paths_of, stamp
-from tp2d_helpers.data.folder import TokenWriter
+from tp2d_helpers.data.folder import Part, TokenWriter
+from tp2d_helpers.data.pool import Job, cores, run
+from tp2d_helpers.data.rows import lengths
 from tp2d_helpers.data.text import is_chats, load_text
+from tp2d_helpers.data.text_tokens import TextEncoder
 
 LAYOUT = 3  # of the folder that `prepare_tokens` makes; another one is not taken for it
-CHARACTERS = 500_000  # that the tokenizer is given at once; it needs about 500 bytes for each
-CONTEXT = 200  # characters on both sides of a part of a document, so that it is tokenized as in the whole
-
+SMALL = 4_000_000  # bytes of text; starting other processes takes as long as tokenising these
+LONG = 5  # seconds of tokenising, after which a line says how fast it was
 
 # The settings of a run that `prepare_tokens` takes.
 SOURCE = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
@@ -80,7 +83,7 @@ def prepare_tokens(
     Before a new one is made, the cache is rid of what nobody will use again (`clear_cache`).
 
     Args:
-        chat_template, loss_on: for chats; see `load_tokenizer` and `tokenize_chats`.
+        chat_template, loss_on: for chats; see `load_tokenizer` and `ChatEncoder`.
 
     Raises:
         ConfigError: for a dataset that can't be loaded, lacks the column, or has no text in it.
@@ -98,33 +101,65 @@ def prepare_tokens(
         clear_cache()
         text = load_text(dataset_name, dataset_config, dataset_percentage, text_column, text_files)
         tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
-        if is_chats(text):
-            tokenize_chats(text, tokenizer, folder, loss_on, progress)
-        else:
-            tokenize(text.select_columns([text_column]), tokenizer, folder, progress)
+        text = text if is_chats(text) else text.select_columns([text_column])
+        tokenize(text, tokenizer, folder, progress, loss_on, parts_of(target))
 
-    return build_once(cache_dir() / f"tokens-{key}", build)
+    target = cache_dir() / f"tokens-{key}"
+    return build_once(target, build)
 
 
 def tokenize(
-    text: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, progress: bool = True
+    text: datasets.Dataset,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    folder: Path,
+    progress: bool = True,
+    loss_on: str = "assistant",
+    parts: Path | None = None,
 ) -> None:
-    """Write the tokens of a one-column dataset into `folder`. Memory depends on its longest row, not on its size.
+    """Write the tokens of text or chats, as `load_text` gives them, into `folder` (see `TokenWriter`).
 
-    Each document is closed by the end-of-text token. Rows without text are none.
+    Memory depends neither on the number of rows nor on the length of a document. `meta.json` of chats also has:
+    `format`, `loss_on`, `turns` (messages) and `with_loss` (tokens).
+
+    Args:
+        text: a column of text; or chats, and where they stand.
+        parts: a folder in which the parts of a large dataset are kept until all are there; without one, and for a small
+            dataset, this process tokenises by itself.
 
     Raises:
-        ConfigError: if no document has any text.
+        ConfigError: if there is nothing to learn, and as `ChatEncoder`.
     """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-    bar = tqdm(total=len(text), desc="Tokenising", unit=" documents", disable=not progress, mininterval=1)
-    with bar, TokenWriter(folder, highest=end) as writer:
-        for documents in _batches(text, bar):
-            for document, parts in zip(documents, _encode(documents, tokenizer), strict=True):
-                writer.add(document, itertools.chain(parts, [[end]]))
+    column, size, chats, begun = text.column_names[0], sum(lengths(text)), is_chats(text), time.monotonic()
+    encoder = ChatEncoder(tokenizer, column, loss_on) if chats else TextEncoder(tokenizer)
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    highest = 0 if chats else encoder.end
+    bar = tqdm(total=size, desc="Tokenising", unit="B", unit_scale=True, disable=not progress, mininterval=1)
+    with bar, TokenWriter(folder, highest, masked=chats) as writer:
+
+        def tick(size: int) -> None:
+            heartbeat.pulse()  # the watchdog of a worker sees what this process does, and not its children
+            bar.update(size)
+
+        job = Job(encoder, text, parts or folder, cores())
+        found = [0, 0]  # parts that were there, parts that are made
+        for part, made in run(job, tick) if parts and size > SMALL else _here(job, tick):
+            writer.add(part)
+            found[made] += 1
         if not writer.digests:
-            raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {text.column_names[0]!r}")
-        writer.finish(len(text), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end)
+            raise ConfigError(
+                f"dataset_name: none of the {len(text)} examples ({column}) has an assistant's turn" if chats
+                else f"dataset_name: no text in the {len(text)} rows of column {column!r}"
+            )  # fmt: skip
+        more = {"format": column, "loss_on": loss_on} if chats else {}
+        writer.finish(len(text), pad if pad is not None else end, **more)
+    if progress and (seconds := time.monotonic() - begun) > LONG:
+        there = f", {found[False]} of {sum(found)} parts were there" if found[False] else ""
+        print(f"tokenised {size / 1e6:,.0f} MB in {seconds:.0f} s: {size / 1e6 / seconds:.1f} MB/s{there}", flush=True)
+
+
+def _here(job: Job, tick: Callable[[int], None]) -> Iterator[tuple[Part, bool]]:
+    """As `run`, in this process and without files."""
+    return ((job.encoder.encode(job.rows, begin, end, tick), True) for begin, end in job.parts())
 
 
 def example_segments(settings: dict[str, Any], number: int = 0) -> list[tuple[str, bool]]:
@@ -135,64 +170,3 @@ def example_segments(settings: dict[str, Any], number: int = 0) -> list[tuple[st
     """
     folder = prepare_tokens(**{name: settings[name] for name in SOURCE})
     return read_segments(folder, load_tokenizer(settings["model_name"], settings["trust_remote_code"]), number)
-
-
-def _batches(text: datasets.Dataset, bar: tqdm) -> Iterator[list[str]]:
-    """The rows that have text, `CHARACTERS` or a single row at a time."""
-    batch, size = [], 0
-    for rows in text.with_format("arrow").iter(batch_size=1000):  # a view of the file: no text is held yet
-        for row in rows.column(0):
-            bar.update()
-            document = row.as_py()
-            if not document or not document.strip():
-                continue
-            if size + len(document) > CHARACTERS and batch:
-                yield batch
-                batch, size = [], 0
-            batch.append(document)
-            size += len(document)
-    if batch:
-        yield batch
-
-
-def _encode(documents: list[str], tokenizer: transformers.PreTrainedTokenizerBase) -> Iterator[Iterator[list[int]]]:
-    """The token ids of each document, in parts."""
-    if len(documents) == 1:
-        yield _encode_long(documents[0], tokenizer)
-        return
-    # Specials are off: the end-of-text token is the only separator, whatever the tokenizer adds.
-    for ids in tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
-        yield iter([ids])
-
-
-def _encode_long(document: str, tokenizer: transformers.PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The token ids of a document in parts of about `CHARACTERS`: those of the whole.
-
-    A part begins where a token does, and is tokenized together with the `CONTEXT` around it. A tokenizer that can't say
-    where its tokens begin ("slow") gets parts that end with a line.
-    """
-    begin, options = 0, dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
-    while begin < len(document):
-        if not tokenizer.is_fast:
-            line = document.rfind("\n", begin, begin + CHARACTERS) + 1
-            end = len(document) if len(document) <= begin + CHARACTERS else line or begin + CHARACTERS
-            yield tokenizer(document[begin:end], **options)["input_ids"]
-        else:
-            end, left = _cut(document, begin + CHARACTERS, tokenizer), max(0, begin - CONTEXT)
-            found = tokenizer(document[left : end + CONTEXT], return_offsets_mapping=True, **options)
-            starts = [left + start for start, _ in found["offset_mapping"]]  # of spaces alone, it can be their end
-            last = end + (end == len(document))
-            yield [token for token, start in zip(found["input_ids"], starts, strict=True) if begin <= start < last]
-        begin = end
-
-
-def _cut(document: str, near: int, tokenizer: transformers.PreTrainedTokenizerBase) -> int:
-    """The first place from `near` on where a token begins, however much of the text before it is looked at."""
-    if near >= len(document):
-        return len(document)
-    starts = []
-    for left in (near - CONTEXT, near - CONTEXT // 2):
-        window = document[left : near + 2 * CONTEXT]
-        found = tokenizer(window, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts.append({left + start for start, _ in found["offset_mapping"]})
-    return min((start for start in starts[0] & starts[1] if start >= near), default=near)
