@@ -56,7 +56,8 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, TokenDataset, st
     chosen = [f"{steps} steps per epoch, {size} samples each", *apart, *loss]
     chosen += describe_held_out(config, data)
     if prompts:
-        chosen.append(f"{len(prompts)} prompts continued by up to {NEW_TOKENS} tokens at each evaluation")
+        count = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"
+        chosen.append(f"{count} continued by up to {NEW_TOKENS} tokens at each evaluation")
     if removed:
         chosen.append(f"removed from the cache, unused for {UNUSED_DAYS} days or abandoned: {len(removed)} folders")
     return steps, data, f"{config.dataset_name}: {', '.join(found)}", "; ".join(chosen)
