@@ -107,6 +107,8 @@ def setup_model_with_autotp(
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
     planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
     needs.meet(model, mpu.tp_group)
+    if config.get("packing") == "documents":
+        keep_documents_apart(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config),
@@ -114,8 +116,6 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
-    if config.get("packing") == "documents":
-        keep_documents_apart(engine.module)
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.
