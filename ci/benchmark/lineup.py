@@ -22,6 +22,8 @@ def labels(job: dict[str, Any]) -> str:
         parts.append(f"LoRA rank {job['lora_rank']}")
     if job["activation_checkpointing"] != "none":
         parts.append(f"checkpointing {job['activation_checkpointing']}")
+    if job.get("packing") == "documents":
+        parts.append("whole documents packed")
     if job["sync"] != "last":
         parts.append("reduced at each micro-batch")
     if job["kind"] == "fsdp2":
@@ -48,8 +50,9 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         tp = options.tp or gpus // (options.dp or 1)
         job |= dict(tp=tp, dp=gpus // tp, activation_checkpointing=options.activation_checkpointing)
         return [
-            batch(job | {"optimizations": chosen}, size, options.global_batch, options.accumulation)
+            batch(job | {"optimizations": chosen, "packing": packing}, size, options.global_batch, options.accumulation)
             for chosen in options.optimizations
+            for packing in options.packing
             for size in options.micro_batch
         ]
     if name.startswith("fsdp2"):

@@ -51,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--optimizations", default="auto", help='of ours: "auto", "none" or names joined by +; several by commas')
     add("--activation-checkpointing", default="none", help="of ours")
     add("--lora-rank", type=int, default=16, help="of ours_lora and fsdp2_lora, on all linear layers")
+    add("--packing", type=names, default=["plain"], help="of ours: plain, documents, or both, on the same tokens")
     add("--fsdp2-sync", type=names, default=["last"], help="reduce gradients at the last micro-batch, or at each")
     add("--fsdp2-gradients", type=names, default=["bf16", "fp32"], help="to accumulate and reduce in; bf16: as ours")
     add("--only", type=names, default=list(DEFAULT), help=f"of {', '.join(DEFAULT + ALSO)}")

@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from tp2d_helpers.data.dataloader import create_dataloader, global_batches
+from tp2d_helpers.data.dataset import IGNORED
+from tp2d_helpers.data.packing import cumulative_lengths
 from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters
@@ -40,6 +42,7 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         model_name=job["model"], tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"],
         batch_size_per_gpu=job["micro_batch"], gradient_accumulation_steps=job["accumulation"],
         seq_length=job["seq"], activation_checkpointing=job["activation_checkpointing"], precision="auto",
+        packing="documents" if job.get("packing") == "documents" else True,
         optimizations=job["optimizations"], learning_rate=1e-5, weight_decay=0.01, max_grad_norm=1.0, seed=42,
         lora_rank=job["lora_rank"], lora_alpha=32.0, lora_dropout=0.0, lora_targets="all-linear",
     )  # fmt: skip
@@ -69,7 +72,10 @@ def batches(job: dict[str, Any], trainer: Trainer) -> Iterator[tuple[list[Batch]
 
 
 def random_batches(job: dict[str, Any], trainer: Trainer) -> Iterator[tuple[list[Batch], int]]:
-    """Tokens drawn from the whole vocabulary; sample i of step k is the same on every grid."""
+    """Tokens drawn from the whole vocabulary; sample i of step k is the same on every grid.
+
+    With the job's packing "documents", the same tokens are taken for documents of about an eighth of a sample.
+    """
     accumulation, dp, micro_batch, seq = job["accumulation"], job["dp"], job["micro_batch"], job["seq"]
     generator = torch.Generator().manual_seed(0)
     shape = (accumulation, dp, micro_batch, seq)
@@ -78,7 +84,30 @@ def random_batches(job: dict[str, Any], trainer: Trainer) -> Iterator[tuple[list
         ids = torch.randint(trainer.config.vocab_size, shape, generator=generator)[:, trainer.dp_rank]
         ids = ids.pin_memory() if torch.cuda.is_available() else ids
         # As the notebook's loader: with it, the mean over micro-batches is the mean over all targets.
-        yield [dict(input_ids=x, labels=x, num_items_in_batch=targets) for x in ids], ids.numel() * dp
+        found = [dict(input_ids=x, labels=x, num_items_in_batch=targets) for x in ids]
+        if job.get("packing") == "documents":
+            positions = document_positions(shape, generator)
+            parts = zip(found, positions[:, trainer.dp_rank], strict=True)
+            found = [batch | as_documents(batch["labels"], at) for batch, at in parts]
+            count = (positions != 0).sum() / (accumulation * dp)
+            found = [batch | {"num_items_in_batch": count} for batch in found]
+        yield found, ids.numel() * dp
+
+
+def document_positions(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """int64 of this shape: positions in documents that end after any token, an eighth of a sample long on average."""
+    seq = shape[-1]
+    begins = torch.rand(shape, generator=generator) < 8 / seq
+    begins[..., 0] = True
+    places = torch.arange(seq).expand(shape)
+    return places - places.where(begins, 0).cummax(-1).values
+
+
+def as_documents(labels: torch.Tensor, positions: torch.Tensor) -> Batch:
+    """What a micro-batch of documents has besides its tokens."""
+    batch = dict(labels=labels.where(positions > 0, IGNORED), position_ids=positions.contiguous())
+    batch["cu_seq_lens_q"] = cumulative_lengths(positions)
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
 
 
 def text_batches(job: dict[str, Any], dp_rank: int) -> Iterator[tuple[list[Batch], int]]:

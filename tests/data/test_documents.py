@@ -152,6 +152,7 @@ def parts_of(sizes: tuple[int, ...]) -> list[torch.Tensor]:
 def test_one_does_not_depend_on_another(model: transformers.PreTrainedModel, by: str) -> None:
     """Bit for bit, logits and gradients; and as it is by itself. Without positions, they would mix."""
     first, other, second, third = parts_of((11, 11, 14, 7))
+    truth = model(input_ids=second[None], use_cache=False).logits[0].detach()
     if by != "transformers":
         graphs.skip_search_for_packed_samples(model)
     if by == "attend":
@@ -167,6 +168,7 @@ def test_one_does_not_depend_on_another(model: transformers.PreTrainedModel, by:
     changed = outcome(sample_of(other, second, third), 11)
     assert all(torch.equal(*pair) for pair in zip(found, changed, strict=True))
     alone = outcome(sample_of(second), 0)
+    torch.testing.assert_close(alone[0], truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
     for one, by_itself in zip(found, alone, strict=True):
         torch.testing.assert_close(one, by_itself, rtol=1e-4, atol=1e-5 * by_itself.abs().max().item())
     mixed = outcome({"input_ids": sample_of(first, second, third)["input_ids"]}, 11)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model import apart
@@ -80,3 +80,23 @@ def test_the_trial_is_affordable() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) < 10**8
     assert config.vocab_size == 152064 and config.num_hidden_layers == 28, "the user's is left as it is"
     assert why_masked(config, torch.bfloat16) == ""
+
+
+@pytest.mark.parametrize("kind, dtype, capability, by", [
+    ("llama", torch.bfloat16, (9, 0), "documents"), ("llama", torch.float16, (8, 0), "documents"),
+    ("llama", torch.float32, (9, 0), "sdpa"), ("llama", torch.float16, (7, 5), "sdpa"),
+    ("gemma2", torch.bfloat16, (9, 0), "sdpa"),
+])  # fmt: skip
+def test_what_a_rank_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str, dtype: torch.dtype,
+    capability: tuple[int, int], by: str,
+) -> None:  # fmt: skip
+    """With a GPU of that kind, by the same rule as the driver's word; an export knows nothing of it."""
+    model = AutoModelForCausalLM.from_config(config_of(kind, pad_token_id=0), dtype=dtype)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(apart.dist, "get_rank", lambda: 0)
+    apart.keep_documents_apart(model)
+    assert model.config._attn_implementation == model.model.config._attn_implementation == by
+    assert "documents" not in model.config.to_json_string()
+    assert ("documents are kept apart by a mask: rank 0: " in capsys.readouterr().out) == (by == "sdpa")

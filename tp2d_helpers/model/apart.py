@@ -30,16 +30,19 @@ TRIAL = "documents-trial"
 
 
 def keep_documents_apart(model: torch.nn.Module) -> None:
-    """Let a model on GPUs use `documents.attend`, where that is right; elsewhere a mask does it. Collective."""
-    dtype = next(model.parameters()).dtype
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        trouble = "flash attention needs an Ampere GPU or a newer one"
-    else:
-        trouble = why_masked(model.config, dtype)
-    trouble = first_trouble(trouble)
-    if torch.cuda.is_available() and not trouble:
+    """Let a model use `documents.attend` on GPUs, where that is right; else a mask does it. Collective.
+
+    Before DeepSpeed has the model: with ZeRO 3 it puts functions of its own in the place of PyTorch's.
+    """
+    if not torch.cuda.is_available():
+        return
+    old = torch.cuda.get_device_capability() < (8, 0)
+    trouble = first_trouble(
+        "flash attention needs an Ampere GPU or a newer one" if old else why_masked(model.config, model.dtype)
+    )
+    if not trouble:
         model.set_attn_implementation(documents.NAME)
-    elif torch.cuda.is_available() and dist.get_rank() == 0:
+    elif dist.get_rank() == 0:
         print(f"documents are kept apart by a mask: {trouble}", flush=True)
 
 

@@ -114,6 +114,8 @@ def setup_model_with_autotp(
     planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
     adapters = add_adapters(model, config, planned, mpu) if config.get("lora_rank") else {}
     needs.meet(model, mpu.tp_group)
+    if config.get("packing") == "documents":
+        keep_documents_apart(model)
     bucket = sum(map(torch.numel, (weight for adapter in adapters.values() for weight in adapter.parameters())))
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -124,8 +126,6 @@ def setup_model_with_autotp(
     check_shards(engine.module, planned)
     if adapters:
         join(engine.module, adapters)
-    if config.get("packing") == "documents":
-        keep_documents_apart(engine.module)
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.
