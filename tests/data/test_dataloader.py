@@ -158,7 +158,10 @@ def test_mean_of_micro_batches_is_the_mean_of_all_targets(
         means = [weigh[t].sum() / b["num_items_in_batch"] for t, b in zip(targets, batches, strict=True)]
         assert torch.stack(means).mean() == pytest.approx(weigh[torch.cat(targets)].mean().item(), rel=1e-6)
         real = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-        assert {tokens for _, tokens in step} == {real}
+        # Packed documents have no label on their first tokens; padding may be one of those that are counted.
+        firsts = sum(int((batch.get("position_ids", torch.ones(1)) == 0).sum()) for batch in batches)
+        assert real <= step[0][1] <= real + firsts and (firsts or real == step[0][1])
+        assert len({tokens for _, tokens in step}) == 1
 
 
 def test_less_than_a_global_batch(tiny_model: Callable[[str], Path]) -> None:
