@@ -192,7 +192,7 @@ def test_the_kernel_by_itself(head_dim: int, window: int | None, heads: tuple[in
         output.backward(gradient.to(dtype))
         found.append([output, *(tensor.grad for tensor in inputs)])
     for ours, true in zip(*found, strict=True):
-        assert (ours.float() - true).abs().max() <= 0.01 * true.abs().max()
+        assert (ours.float() - true).abs().max() <= 0.01 * true.abs().max().clamp(min=1)  # of a window of 1, 0
 
 
 @ON_GPU
