@@ -12,7 +12,7 @@ import pytest
 import torch
 from grid import Run, assert_equal_runs, run_grid
 from plain import plain_run
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tp2d_helpers.checkpoint.files import read_json
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
@@ -97,8 +97,11 @@ def test_an_export_has_the_template_of_its_run(train: Callable[..., Run], chat_m
     run = train(chat_model, dataset_name=chats, debug_steps=1, chat_template=str(template))
     folder = Path(run.config["storage_path"], run.config["experiment_name"])
     checkpoint = newest_checkpoint(folder)[0]
-    manifest = read_json(checkpoint / "rank_0.json") | {"settings": run.config}  # as after preflight
+    manifest = read_json(checkpoint / "rank_0.json") | {"settings": run.config | {"chats": True}}  # as after preflight
     (checkpoint / "rank_0.json").write_text(json.dumps(manifest))
     exported = export_checkpoint(checkpoint, str(chat_model), folder / "export")
     assert load_tokenizer(str(exported)).chat_template == template.read_text()
     assert load_tokenizer(str(chat_model)).chat_template != template.read_text()
+    stop = load_tokenizer(str(exported)).convert_tokens_to_ids("<|im_end|>")
+    assert stop in GenerationConfig.from_pretrained(exported).eos_token_id
+    assert stop not in {GenerationConfig.from_pretrained(chat_model).eos_token_id}

@@ -17,6 +17,7 @@ import pytest
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data import text_tokens
+from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.chats import from_json, to_json
 from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
@@ -330,3 +331,12 @@ def test_other_columns(cache: Path, tokenizer: str, tmp_path: Path) -> None:
     lines(tmp_path / "b.jsonl", {"prompt": "a", "completion": "b"})
     with pytest.raises(ConfigError, match=r"line 1 of .*b.jsonl: messages must be a list of messages, and is missing"):
         prepare_tokens(tokenizer, str(tmp_path))
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml_marked", "llama3", "gemma"])
+def test_the_token_that_ends_a_turn(speaker: Callable[..., str], template: str) -> None:
+    """The template's own; none without a template."""
+    ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+    tokenizer = load_tokenizer(speaker(template))
+    assert tokenizer.convert_ids_to_tokens(stop_token(tokenizer)) == ends[template.partition("_")[0]]
+    assert stop_token(load_tokenizer(speaker())) is None

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
@@ -25,6 +27,7 @@ from tp2d_helpers.checkpoint.adapters import Adapters, whole_weight
 from tp2d_helpers.checkpoint.card import model_card, run_settings
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, open_shards
+from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts
 
@@ -85,9 +88,12 @@ def export_checkpoint(
         new = Path(scratch, "new")
         model.config.save_pretrained(new)
         # With the chat template that the run was trained by: what answers must be asked in the same form.
-        load_tokenizer(model_name, trust_remote_code, settings.get("chat_template", "")).save_pretrained(new)
+        tokenizer = load_tokenizer(model_name, trust_remote_code, settings.get("chat_template", ""))
+        tokenizer.save_pretrained(new)
         with contextlib.suppress(OSError):  # not every model has one
             shutil.copy(cached_file(model_name, "generation_config.json"), new)
+        if settings.get("chats"):
+            _end_turns(new, model, tokenizer)
         _write_weights(new, model.meta, whole, weight)
         if adapters:
             adapters.save(new / "adapter")
@@ -96,6 +102,17 @@ def export_checkpoint(
             folder.rename(Path(scratch, "older"))
         new.rename(folder)
     return folder
+
+
+def _end_turns(folder: Path, model: ModelFacts, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """See that generation stops where the chats' answers do: a base model knows its end-of-text token alone."""
+    stop, known = stop_token(tokenizer), GenerationConfig.from_model_config(model.config)
+    if (folder / "generation_config.json").exists():
+        known = GenerationConfig.from_pretrained(folder)
+    ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
+    if stop is not None and stop not in ends:
+        known.eos_token_id = [end for end in ends if end is not None] + [stop]
+        known.save_pretrained(folder)
 
 
 def write_safetensors(path: Path, plan: dict[str, torch.Tensor], tensors: Iterable[torch.Tensor]) -> None:

@@ -24,17 +24,24 @@ GRID = ("tp_size", "dp_size", "zero_stage")
 RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
 
 
-def record_run(config: Config, data: dict[str, Any] | None = None) -> None:
+def record_run(config: Config, data: dict[str, Any] | None = None, chats: bool = False) -> None:
     """Write settings and versions into the run's folder, for those who continue it, and its checkpoints' id.
 
     Where `config.json` was lost and the user trusts the checkpoints, it is the id that the newest one bears.
 
     Args:
         data: what was tokenised (`TokenDataset.identity`).
+        chats: whether it is chats.
     """
     newest, _ = newest_checkpoint(config.run_dir)
     run_id = recorded(config.run_dir).get("run_id") or (newest and read_manifest(newest).get("run_id"))
-    settings = {**config.model_dump(), "data": data, "versions": versions(), "run_id": run_id or uuid.uuid4().hex}
+    settings = {
+        **config.model_dump(),
+        "data": data,
+        "chats": chats,
+        "versions": versions(),
+        "run_id": run_id or uuid.uuid4().hex,
+    }
     write_json(config.run_dir / "config.json", settings)
 
 

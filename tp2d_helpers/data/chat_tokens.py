@@ -188,6 +188,19 @@ class Renderer:
             raise ConfigError(f"dataset_name: {where}: the chat template refuses it: {error}") from error
 
 
+def stop_token(tokenizer: transformers.PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an assistant's turn by the chat template; None if it ends in none of the tokenizer's own."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        renderer = Renderer(tokenizer, "messages", "assistant")
+        example = renderer.render(turns, 0, "a chat")
+        whole, *prefixes = [np.asarray(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in example.texts]
+        last = int(whole[np.flatnonzero(renderer.mask(example, whole, prefixes))[-1]])
+    except (ConfigError, IndexError):  # there is no template, or it has no such chats
+        return None
+    return last if last in renderer.control else None
+
+
 def read_segments(
     folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, number: int = 0
 ) -> list[tuple[str, bool]]:

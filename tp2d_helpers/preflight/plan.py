@@ -112,7 +112,7 @@ def preflight(config: Config) -> Plan:
     rows.append(("storage", check_storage(config), str(config.run_dir)))
     rows += check_trackers(config)
     rows += check_checkpoints(config, then, data.identity, steps)
-    record_run(config, data.identity)
+    record_run(config, data.identity, chats=data.mask is not None)
     return Plan(config, model, resources_per_worker, steps, rows)
 
 

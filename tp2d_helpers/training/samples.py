@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tp2d_helpers import heartbeat
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.packing import cumulative_lengths
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.training.metrics import append, keep_until, read_metrics
@@ -75,8 +76,10 @@ class Samples:
         self.engine, self.path = engine, Path(run_dir, FILE)
         self.shape = config["batch_size_per_gpu"], config["seq_length"]
         self.apart = loader.dataset.packing == "documents"
-        self.prompts = encode_prompts(config, loader.dataset.mask is not None)
+        chats = loader.dataset.mask is not None
+        self.prompts = encode_prompts(config, chats)
         self.tokenizer = _tokenizer(config) if self.prompts else None
+        self.turn_end = stop_token(self.tokenizer) if self.prompts and chats else None
         if dist.get_rank() == 0 and self.path.exists():
             keep_until(self.path, done)
 
@@ -93,7 +96,7 @@ class Samples:
     def _text(self, answer: list[int]) -> str:
         settings = getattr(self.engine.module, "generation_config", None)
         stops = getattr(settings, "eos_token_id", None)
-        stops = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+        stops = {self.tokenizer.eos_token_id, self.turn_end, *(stops if isinstance(stops, list) else [stops])}
         tokens = itertools.takewhile(lambda token: token not in stops, answer)
         return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
 
