@@ -370,7 +370,7 @@ def test_failure_while_writing(checkpoint: Path, tiny_model: Callable, monkeypat
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hugging_face, "merge", full)
+    monkeypatch.setattr(hugging_face, "whole_weight", full)
     with pytest.raises(OSError, match="No space left"):
         export_checkpoint(checkpoint, str(tiny_model("llama")), checkpoint.parent / "export")
     assert hashes(checkpoint.parent) == before

@@ -130,7 +130,8 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
     setting = Setting.of(
         dict(tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"], batch_size_per_gpu=job["micro_batch"],
              gradient_accumulation_steps=job["accumulation"], seq_length=job["seq"],
-             activation_checkpointing=job["activation_checkpointing"], optimizations=job["optimizations"])
+             activation_checkpointing=job["activation_checkpointing"], optimizations=job["optimizations"],
+             lora_rank=job.get("lora_rank", 0))
     )  # fmt: skip
     shard = ModelFacts.of_shape(shape).shard(setting.tp_size)
     seconds = step_time(shard, setting, device_named(report["gpu"])).total
