@@ -94,6 +94,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def children(others: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of this process at any depth, but for `others`, which were there before."""
+    return [process for process in psutil.Process().children(recursive=True) if process not in others]
+
+
 def parts(cache: Path) -> list[Path]:
     return sorted(cache.glob("*.parts/*.npz"))
 
@@ -188,10 +193,11 @@ def test_a_process_that_dies(cache: Path, slow: str, by: Callable, tmp_path: Pat
     """As those do that Linux kills when the memory is full."""
     source = str(write(tmp_path / "text.jsonl", demo_documents() * 5))
     family: list[psutil.Process] = []
+    before = children([])
 
     def kill() -> None:
         wait_for(lambda: parts(cache))
-        family.extend(psutil.Process().children(recursive=True))
+        family.extend(children(before))
         next(process for process in family if process.parent().pid == os.getpid()).kill()
 
     by(2)
@@ -255,12 +261,13 @@ def test_memory_does_not_grow_with_a_document(cache: Path, tokenizer: str, by: C
     """Tokenised as a whole, this one would need 1.5 GB."""
     source = str(write(tmp_path / "text.jsonl", ["\n".join(f"line {i} " + "ten chars " * 9 for i in range(30_000))]))
     load_text(source)
+    before = children([])
     peaks, done = {True: 0, False: 0}, threading.Event()
 
     def watch() -> None:
         while not done.wait(0.05):
             used = []
-            for process in psutil.Process().children(recursive=True):
+            for process in children(before):
                 try:
                     used.append(process.memory_full_info().pss)
                 except psutil.Error:
