@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import sys
 import threading
@@ -278,3 +279,29 @@ def assert_equal_runs(
     for name, then in reference.weights.items():
         error = (run.weights[name] - then).pow(2).mean().sqrt().item() / reference.config["learning_rate"]
         assert error <= weight, f"{name} is off by {error:.2g} learning rates"
+
+
+def assert_resumes_on_another_grid(whole: Run, folder: Path) -> None:
+    """Assert that a run of 2 × 2, 6 steps and a checkpoint at 4, cut off there, takes the same steps as 1 × 2.
+
+    Args:
+        folder: for a copy of the run.
+    """
+    from tp2d_helpers.checkpoint.resize import convert
+    from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
+    from tp2d_helpers.config import Config
+    from tp2d_helpers.training.metrics import keep_until, read_metrics
+
+    config = Config(**whole.config)
+    shutil.copytree(config.run_dir, folder / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))
+    shutil.rmtree(folder / "copy" / "checkpoint_00000006")
+    keep_until(folder / "copy" / "metrics.jsonl", 4)
+    config = config.change(storage_path=str(folder), experiment_name="copy", tp_size=1, batch_size_per_gpu=1,
+                           gradient_accumulation_steps=2)  # fmt: skip
+    convert(newest_checkpoint(config.run_dir)[0])
+    run_grid(config.model_dump())
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    for name in ("step", "tokens", "loss", "eval_loss"):
+        then = [record[name] for record in whole.records if record[name] is not None]
+        assert [record[name] for record in records if record[name] is not None] == pytest.approx(then, rel=1e-5)
+    assert len(records) == 6

@@ -14,7 +14,7 @@ from grid import Run
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
-from tp2d_helpers.model.lora import add_adapters
+from tp2d_helpers.model.lora import add_adapters, kinds
 from tp2d_helpers.model.sharding import planned_shapes
 
 
@@ -78,9 +78,8 @@ def with_peft(model: transformers.PreTrainedModel, config: dict[str, Any]) -> pe
     """The model with peft's adapters, which begin with the numbers that the package draws."""
     other = copy.deepcopy(model)
     ours = add_adapters(other, config, planned_shapes(other, 1), None)
-    names = sorted({layer.rpartition(".")[2] for layer in ours})
-    lora = peft.LoraConfig(r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=names, bias="none",
-                           lora_dropout=config["lora_dropout"], task_type="CAUSAL_LM")  # fmt: skip
+    lora = peft.LoraConfig(r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=kinds(ours),
+                           bias="none", lora_dropout=config["lora_dropout"], task_type="CAUSAL_LM")  # fmt: skip
     model = peft.get_peft_model(model, lora).train()
     for layer, adapter in ours.items():
         model.get_submodule(f"base_model.model.{layer}.lora_A.default").weight.data.copy_(adapter.A)

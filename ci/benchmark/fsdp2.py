@@ -147,11 +147,11 @@ class Peer:
         self.positions = torch.arange(job["seq"], device=self.device)[None]
         # A group per mesh, as a fused kernel can't take both: without sequence parallel, norms are not on TP's.
         groups: dict[int, list[torch.nn.Parameter]] = {}
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in trained:
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in self.trained:
             groups.setdefault(parameter.device_mesh.ndim, []).append(parameter)
         # What TP ranks hold copies of; a tensor, for the norm of the gradients without a wait for the GPU.
-        copies = [p.device_mesh.ndim == 1 or p.placements[-1].is_replicate() for p in trained]
+        copies = [p.device_mesh.ndim == 1 or p.placements[-1].is_replicate() for p in self.trained]
         self.copied = torch.tensor(copies, device=self.device)
         self.optimizer = torch.optim.AdamW(
             [{"params": group} for group in groups.values()], lr=1e-5, weight_decay=0.01, fused=True
@@ -183,8 +183,7 @@ class Peer:
 
     def update(self) -> None:
         """Clip by the global norm, step, forget the gradients."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.norm = clip_gradients(trained, self.copied, self.mesh)
+        self.norm = clip_gradients(self.trained, self.copied, self.mesh)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -218,8 +217,7 @@ def micro_pipeline_tp(mesh: DeviceMesh) -> None:
 def fsdp2_trainer(job: dict[str, Any], rank: int) -> Trainer:
     """The peer, ready to be measured."""
     peer = Peer(job, rank)
-    sizes = {parameter: parameter.to_local().numel() for parameter in peer.model.parameters()}
-    local, trained = sum(sizes.values()), sum(size for p, size in sizes.items() if p.requires_grad)
+    local, trained = (sum(p.to_local().numel() for p in part) for part in (peer.model.parameters(), peer.trained))
     return Trainer(
         config=peer.config,
         dp_rank=rank // job["tp"],

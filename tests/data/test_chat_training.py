@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from grid import Run, assert_equal_runs, run_grid
+from grid import Run, assert_equal_runs, assert_resumes_on_another_grid
 from plain import plain_run
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tp2d_helpers.checkpoint.files import read_json
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
-from tp2d_helpers.checkpoint.resize import convert
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
-from tp2d_helpers.config import Config
 from tp2d_helpers.data.dataloader import GlobalBatchSampler
 from tp2d_helpers.data.dataset import TokenDataset
 from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
-from tp2d_helpers.training.metrics import keep_until, read_metrics
 
 GRID = dict(tp_size=2, dp_size=2)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -76,19 +72,7 @@ def test_resumed_in_mid_epoch_on_another_grid(
     """From step 4 of an epoch of 6, where its run of 2 × 2 was cut off: as 1 × 2 with accumulation, the same steps."""
     life = dict(dataset_name=chats, packing=False, eval_samples=6, debug_steps=6, checkpoint_interval=4)
     whole = train(chat_model, **life, **GRID)
-    config = Config(**whole.config)
-    shutil.copytree(config.run_dir, tmp_path / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))
-    shutil.rmtree(tmp_path / "copy" / "checkpoint_00000006")
-    keep_until(tmp_path / "copy" / "metrics.jsonl", 4)
-    config = config.change(storage_path=str(tmp_path), experiment_name="copy", tp_size=1, batch_size_per_gpu=1,
-                           gradient_accumulation_steps=2)  # fmt: skip
-    convert(newest_checkpoint(config.run_dir)[0])
-    run_grid(config.model_dump())
-    records = read_metrics(config.run_dir / "metrics.jsonl")
-    for name in ("step", "tokens", "loss", "eval_loss"):
-        then = [record[name] for record in whole.records if record[name] is not None]
-        assert [record[name] for record in records if record[name] is not None] == pytest.approx(then, rel=1e-5)
-    assert len(records) == 6
+    assert_resumes_on_another_grid(whole, tmp_path)
 
 
 def test_an_export_has_the_template_of_its_run(train: Callable[..., Run], chat_model: Path, chats: str) -> None:

@@ -1,13 +1,11 @@
-"""The memory of a run: hand-worked numbers, and the peaks that H100 and H200 GPUs showed."""
+"""The memory of a run: hand-worked numbers, and the peaks that H200 GPUs showed."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from grid import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp2d_helpers.config import make_config
@@ -173,26 +171,3 @@ def test_measured_peaks(grid: dict[str, int], peak: float) -> None:
     setting = Setting(batch_size_per_gpu=8, seq_length=1024, **grid)
     found = memory_per_gpu(shard("qwen2.5-0.5b", setting.tp_size), setting).total / GIB
     assert found == pytest.approx(peak, rel=0.06)
-
-
-LORA_RUNS = [("h100x1_lora", 8, {}), ("h100x1_lora_7b", 28, {}), ("h100x2_lora", 16, dict(tp_size=2)),
-             ("h100x2_lora", 16, dict(dp_size=2))]  # fmt: skip
-
-
-@pytest.mark.parametrize("file, layers, sizes", LORA_RUNS)
-def test_measured_peaks_of_lora(file: str, layers: int, sizes: dict[str, int]) -> None:
-    """On H100, torch 2.11, in the shape of Qwen2-7B: within 2 %."""
-    grid = {"tp_size": 1, "dp_size": 1} | sizes
-    entries = json.loads((ROOT / f"ci/benchmark/results/{file}.json").read_text())["candidates"]
-    (entry,) = (
-        entry for entry in entries
-        if entry["name"] == "ours_lora" and entry["grid"] == f"{grid['tp_size']} × {grid['dp_size']}"
-    )  # fmt: skip
-    job = entry["settings"]
-    model = ModelFacts.of_shape(SHAPES["qwen2-7b"] | {"num_hidden_layers": layers})
-    setting = Setting(
-        **grid, batch_size_per_gpu=job["micro_batch"], seq_length=job["seq"], lora_rank=job["lora_rank"],
-        gradient_accumulation_steps=job["accumulation"], optimizations=ON_GPU,
-    )  # fmt: skip
-    found = memory_per_gpu(model.shard(setting.tp_size), setting).total / GIB
-    assert found == pytest.approx(entry["peak_gib"], rel=0.02)

@@ -107,7 +107,7 @@ def test_recomputation_costs_a_forward_pass(ideal: None) -> None:
 
 # Measured runs
 
-SECONDS, PEAK = 0.20, 0.10  # how far off an estimate may be
+SECONDS, PEAK, PEAK_OF_LORA = 0.20, 0.10, 0.02  # how far off an estimate may be
 
 
 def measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -148,7 +148,7 @@ def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for report, entry in rows:
         (milliseconds, peak), job = predicted(report, entry), entry["settings"]
         time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
-        bad = abs(time_off) > SECONDS or abs(peak_off) > PEAK
+        bad = abs(time_off) > SECONDS or abs(peak_off) > (PEAK_OF_LORA if job.get("lora_rank") else PEAK)
         wrong += bad
         lines.append(
             f"{'WRONG ' * bad}{job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}: "

@@ -12,24 +12,12 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from tp2d_helpers.checkpoint.shards import Pieces, merge, read
+from tp2d_helpers.checkpoint.shards import Pieces, whole_weight
 from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.model.lora import SUFFIX, targets
+from tp2d_helpers.model.lora import SUFFIX, kinds, targets
 
 PREFIX = "base_model.model."  # that peft puts before a module's name
-
-
-def whole_weight(name: str, ranks: list[dict[str, Pieces]], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """A whole weight, put together from the shards of the TP ranks.
-
-    Raises:
-        ValueError: if a rank lacks it, or the shards don't make it.
-    """
-    if any(name not in shards for shards in ranks):
-        raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
-    replicated = ranks[0][name][0] == shape
-    return merge(name, [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)], shape, dtype)
 
 
 class Adapters:
@@ -90,7 +78,7 @@ class Adapters:
             "r": self.rank,
             "lora_alpha": self.settings["lora_alpha"],
             "lora_dropout": self.settings["lora_dropout"],
-            "target_modules": list(dict.fromkeys(layer.rpartition(".")[2] for layer in self.targets)),
+            "target_modules": kinds(self.targets),
             "fan_in_fan_out": self.transposed,
             "bias": "none",
             "inference_mode": True,

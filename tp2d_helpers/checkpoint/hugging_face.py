@@ -23,10 +23,10 @@ from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from tp2d_helpers.checkpoint.adapters import Adapters, whole_weight
+from tp2d_helpers.checkpoint.adapters import Adapters
 from tp2d_helpers.checkpoint.card import model_card, run_settings
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
-from tp2d_helpers.checkpoint.shards import Pieces, open_shards
+from tp2d_helpers.checkpoint.shards import Pieces, open_shards, whole_weight
 from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts

@@ -115,11 +115,10 @@ def convert(checkpoint: Path, workers: int = 1) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     scratch = checkpoint / f"{UNIVERSAL}.{uuid.uuid4().hex}.tmp"
     # Without AutoTP (tp_size 1) DeepSpeed does not say how parameters are cut: "missing state" stands for: not at all.
-    # Not strict, it lets a model have weights that the optimizer has not: those that LoRA freezes.
     arguments = argparse.Namespace(
         input_folder=str(checkpoint_tag(checkpoint)), output_folder=str(scratch),
         num_extract_workers=workers, num_merge_workers=workers,
-        keep_temp_folder=False, strict=False, inject_missing_state=True,
+        keep_temp_folder=False, strict=True, inject_missing_state=True,
     )  # fmt: skip
     with safe_loading(), serialization.patch(**{"load.mmap": True}), contextlib.redirect_stdout(sys.stderr):
         ds_to_universal.main(arguments)

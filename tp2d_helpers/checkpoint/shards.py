@@ -60,6 +60,18 @@ def read(shape: torch.Size, pieces: list[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if pieces[0].shape == shape else torch.cat(pieces)[: shape.numel()].view(shape)
 
 
+def whole_weight(name: str, ranks: list[dict[str, Pieces]], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A whole weight, put together from the shards of the TP ranks.
+
+    Raises:
+        ValueError: if a rank lacks it, or the shards don't make it.
+    """
+    if any(name not in shards for shards in ranks):
+        raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
+    replicated = ranks[0][name][0] == shape
+    return merge(name, [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)], shape, dtype)
+
+
 def open_shards(tag: Path) -> tuple[torch.dtype, list[dict[str, Pieces]]]:
     """The dtype that was trained in, and each TP rank's shards by name: mapped into memory, not read."""
     stage_3 = any(tag.glob("zero_pp_rank_*_model_states.pt"))

@@ -46,9 +46,11 @@ main({handle})"""
 class Encoder(Protocol):
     """What tokenises: `TextEncoder`, `ChatEncoder`."""
 
-    def cuts(self, text: Text, size: int) -> Iterator[int]: ...
+    def cuts(self, text: Text, size: int) -> Iterator[int]:
+        """The bytes at which a long row may be divided into parts of about `size`."""
 
-    def encode(self, rows: datasets.Dataset, begin: Place, end: Place, tick: Callable[[int], None]) -> Part: ...
+    def encode(self, rows: datasets.Dataset, begin: Place, end: Place, tick: Callable[[int], None]) -> Part:
+        """The tokens from `begin` to before `end`. `tick` gets the bytes that are done, again and again."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def _begin(job: Job, done: multiprocessing.Value, link: Connection) -> None:
     link.close()  # or nobody would see that the leader is gone
 
     def tick(size: int) -> None:
+        """Bytes that this process has done."""
         with done.get_lock():
             done.value += size
 

@@ -32,6 +32,7 @@ def map_rows(
     folder = cache_dir() / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def build(scratch: Path) -> None:
+        """Read and write the rows; called if the cache hasn't got the folder."""
         if not _write(read(files, **options), names, scratch / "rows.arrow"):
             raise ConfigError(f"dataset_name: no rows in {', '.join(files[:4])}")
 
@@ -52,6 +53,7 @@ def _write(rows: Iterator[dict[str, Any]], names: list[str], path: Path) -> int:
     with bar, pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
 
         def flush() -> None:
+            """Write the rows that are held."""
             arrays = [pyarrow.array([row.get(name) for row in batch], pyarrow.large_string()) for name in names]
             stream.write_batch(pyarrow.RecordBatch.from_arrays(arrays, schema=schema))
             batch.clear()

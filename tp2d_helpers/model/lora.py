@@ -16,11 +16,14 @@ a part: its gradient is a part, too (the rule of peft #3079).
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL, TensorParallel_Layer
 from transformers.pytorch_utils import Conv1D
 
@@ -98,16 +101,21 @@ def targets(model: torch.nn.Module, lora_targets: str) -> dict[str, tuple[int, i
     """
     inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
     linear = {name: m for name, m in model.named_modules() if id(m) in inside and isinstance(m, LINEAR)}
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-    wanted = kinds if lora_targets == ALL else [name.strip() for name in lora_targets.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in kinds]
+    known = kinds(linear)
+    wanted = known if lora_targets == ALL else [name.strip() for name in lora_targets.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         raise ConfigError(
             f"lora_targets = {lora_targets!r}: no linear layer of the decoder is called {', '.join(unknown) or 'so'}; "
-            f"must be {ALL!r}, or some of {', '.join(kinds) or '(this model has none)'}"
+            f"must be {ALL!r}, or some of {', '.join(known) or '(this model has none)'}"
         )
     found = {name: m for name, m in linear.items() if name.rpartition(".")[2] in wanted}
     return {name: tuple(m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in found.items()}
+
+
+def kinds(layers: Iterable[str]) -> list[str]:
+    """The last parts of layers' names, each once: what `lora_targets` and peft know them by."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
 
 def adapter_parameters(model: torch.nn.Module, config: dict[str, Any]) -> int:
@@ -147,6 +155,7 @@ def add_adapters(
 def join(model: torch.nn.Module, adapters: dict[str, Adapter]) -> None:
     """Let each layer, now that AutoTP has made it, add its adapter's output to its own."""
     freeze(model)
+    _convert_what_is_trained(model)
     for name, adapter in adapters.items():
         layer = model.get_submodule(name)
         if adapter.cut is None:
@@ -157,6 +166,13 @@ def join(model: torch.nn.Module, adapters: dict[str, Adapter]) -> None:
 
 def _add(adapter: Adapter, _: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     return output + adapter(args[0])
+
+
+def _convert_what_is_trained(model: torch.nn.Module) -> None:
+    """A universal checkpoint is made of what the optimizer has: DeepSpeed looks for each weight that is listed."""
+    frozen = {rf"^{re.escape(name)}$" for name, weight in model.named_parameters() if not weight.requires_grad}
+    lists = getattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # by kind, the patterns of names
+    lists |= {kind: [p for p in names if p not in frozen] for kind, names in lists.items() if isinstance(names, list)}
 
 
 def _leave_out_frozen(model: torch.nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -151,16 +151,8 @@ def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
     if dp == 1:
         return 0.0
     rate = _rate(setting.tp_size * dp, device, network)
-    total = (
-        zero_bytes(
-            shard.parameters if stage == 3 else setting.trained(shard),
-            dp,
-            stage,
-            setting.gradient_accumulation_steps,
-            setting.width,
-        )
-        / rate
-    )
+    sent = shard.parameters if stage == 3 else setting.trained(shard)
+    total = zero_bytes(sent, dp, stage, setting.gradient_accumulation_steps, setting.width) / rate
     gather = (dp - 1) / dp * setting.width * setting.trained(shard) / rate if stage in (1, 2) else 0.0
     return max(0.0, total - gather - hidden) + gather + MEASURED["latency"] * math.log2(dp)
 

@@ -16,7 +16,7 @@ from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.model.lora import adapter_parameters, targets
+from tp2d_helpers.model.lora import adapter_parameters, kinds, targets
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
@@ -93,7 +93,7 @@ def check_lora(config: Config, model: ModelFacts) -> list[tuple[str, str, str]]:
     """Preflight's row about LoRA; none without. Raises `ConfigError` for targets or a dropout that can't be."""
     if not config.lora_rank:
         return []
-    names = list(dict.fromkeys(name.rpartition(".")[2] for name in targets(model.meta, config.lora_targets)))
+    names = kinds(targets(model.meta, config.lora_targets))
     if config.lora_dropout and rehearse(model.config, config.tp_size).divided_dropout:
         raise ConfigError(
             f"lora_dropout = {config.lora_dropout:g}: at tp_size {config.tp_size} the model has dropout on attention "
