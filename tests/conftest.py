@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, 
 import grid  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
+from transformers import CONFIG_MAPPING  # noqa: E402
 
 from tp2d_helpers.cache import build_once, cache_dir  # noqa: E402
 from tp2d_helpers.config import make_config  # noqa: E402
@@ -58,7 +59,9 @@ def family() -> Callable[..., Path]:
 
     def build(folder: Path, shape: dict[str, Any]) -> None:
         """As `demo.build_model`, and noise of 0.02 on every weight: a bias of zeros and a norm of ones hide faults."""
-        build_model(TINY | dict(head_dim=8, pad_token_id=None) | shape, folder, dtype=torch.float32)
+        derived = isinstance(getattr(CONFIG_MAPPING[shape["model_type"]], "head_dim", None), property)
+        heads = {} if derived else dict(head_dim=8)
+        build_model(TINY | heads | dict(pad_token_id=None) | shape, folder, dtype=torch.float32)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         draw = torch.Generator().manual_seed(1)
         noisy = {name: weight + 0.02 * torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
@@ -102,6 +105,20 @@ def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     return run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all`: every model type at every grid."""
+    parser.addoption("--all", action="store_true", help="train every model type at every grid (test_matrix.py)")
+
+
+MATRIX: list[tuple[str, ...]] = []
+
+
+@pytest.fixture(scope="session")
+def matrix() -> list[tuple[str, ...]]:
+    """Rows (model type, grid, largest difference of losses, of norms, of weights), printed as a table at the end."""
+    return MATRIX
+
+
 OUTCOMES: list[tuple[str, str, str]] = []
 
 
@@ -112,8 +129,12 @@ def outcomes() -> list[tuple[str, str, str]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the table of faults."""
-    if OUTCOMES:
-        terminalreporter.section("faults")
-        for row in [("fault", "outcome", "recovery"), ("---", "---", "---"), *OUTCOMES]:
-            terminalreporter.write_line("| " + " | ".join(row) + " |")
+    """Print the tables."""
+    for title, head, rows in (
+        ("faults", ("fault", "outcome", "recovery"), OUTCOMES),
+        ("model types", ("type", "grid", "loss", "norm", "weight"), MATRIX),
+    ):
+        if rows:
+            terminalreporter.section(title)
+            for row in [head, ("---",) * len(head), *rows]:
+                terminalreporter.write_line("| " + " | ".join(row) + " |")

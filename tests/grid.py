@@ -220,12 +220,19 @@ def final_weights(
     import deepspeed
 
     from tp2d_helpers.model.lora import Adapter
+    from tp2d_helpers.model.plan import Plan
     from tp2d_helpers.model.sharding import meta_model
 
-    whole = {name: p.shape for name, p in meta_model(engine.module.config).named_parameters(remove_duplicate=False)}
+    meta = meta_model(engine.module.config)
+    cuts = Plan.of(meta, tp_group.size()).cuts
+    names = {id(p): name for name, p in meta.named_parameters()}
+    tied = dict(meta.named_parameters(remove_duplicate=False))
+    cuts = {name: cuts.get(names[id(p)]) for name, p in tied.items()}
+    whole = {name: p.shape for name, p in tied.items()}
     for name, module in engine.module.named_modules():
         if isinstance(module, Adapter):
             whole |= {f"{name}.A": module.wholes[0], f"{name}.B": module.wholes[1]}
+            cuts[f"{name}.{'A' if module.row else 'B'}"] = module.cut
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     distinct = list({id(p): p for p in parameters.values()}.values())
     stage_3 = any(hasattr(p, "ds_id") for p in distinct)
@@ -233,13 +240,31 @@ def final_weights(
     with deepspeed.zero.GatheredParameters(distinct) if stage_3 else nullcontext():
         for name, parameter in parameters.items():
             shard = parameter.data.float().contiguous()
-            differing = [dim for dim, size in enumerate(whole[name]) if shard.shape[dim] != size]
-            (sharded if differing else replicated)[name] = identical(shard, tp_group)
+            cut, rank = cuts.get(name), dist.get_rank(tp_group)
+            if cut is None:
+                replicated[name] = identical(shard, tp_group)
+            elif len({cut.width(rank) for rank in range(len(cut.ranges))}) == 1:
+                sharded[name] = identical(shard, tp_group)
             copies[name] = identical(shard, dp_group)
-            shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(tp_group))]
-            dist.all_gather(shards, shard, group=tp_group)
-            weights[name] = torch.cat(shards, differing[0]) if differing else shard.clone()
+            weights[name] = shard.clone() if cut is None else torch.zeros(whole[name])
+            if cut is not None:
+                cut.put(weights[name], shard, rank)
+                alike = together(weights[name], cut, rank, tp_group)
+                replicated |= {name: alike} if cut.copies > 1 else {}
     return weights if dist.get_rank() == 0 else {}, replicated, sharded, copies
+
+
+def together(whole: torch.Tensor, cut: Any, rank: int, group: dist.ProcessGroup) -> bool:
+    """Add the other ranks' parts to this rank's in a weight. Returns whether ranks that share a part agree on it."""
+    mine = whole.clone()
+    if not cut.owns(rank):
+        whole.zero_()
+    dist.all_reduce(whole, group=group)
+    found = torch.zeros_like(whole)
+    cut.put(found, cut.take(whole, rank), rank)
+    alike = torch.tensor(torch.equal(found, mine), dtype=torch.int32)
+    dist.all_reduce(alike, dist.ReduceOp.MIN, group=group)
+    return bool(alike)
 
 
 def identical(tensor: torch.Tensor, group: dist.ProcessGroup) -> bool:
@@ -279,6 +304,15 @@ def assert_equal_runs(
     for name, then in reference.weights.items():
         error = (run.weights[name] - then).pow(2).mean().sqrt().item() / reference.config["learning_rate"]
         assert error <= weight, f"{name} is off by {error:.2g} learning rates"
+
+
+def differences(run: Run, reference: Run) -> tuple[float, float, float]:
+    """The largest of two runs: of losses and norms, as shares; of weights, root mean squares in learning rates."""
+    pairs = list(zip(run.records, reference.records, strict=True))
+    losses = max(abs(now["loss"] / then["loss"] - 1) for now, then in pairs)
+    norms = max(abs(now["grad_norm"] / then["grad_norm"] - 1) for now, then in pairs if then["grad_norm"])
+    weights = [(run.weights[name] - then).pow(2).mean().sqrt().item() for name, then in reference.weights.items()]
+    return losses, norms, max(weights) / reference.config["learning_rate"]
 
 
 def assert_resumes_on_another_grid(whole: Run, folder: Path) -> None:

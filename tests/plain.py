@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
 from tp2d_helpers.model.lora import add_adapters, kinds
-from tp2d_helpers.model.sharding import planned_shapes
+from tp2d_helpers.model.plan import Plan
 
 
 def rate_of(settings: dict[str, Any], done: int, total: int) -> float:
@@ -77,7 +77,7 @@ def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after
 def with_peft(model: transformers.PreTrainedModel, config: dict[str, Any]) -> peft.PeftModel:
     """The model with peft's adapters, which begin with the numbers that the package draws."""
     other = copy.deepcopy(model)
-    ours = add_adapters(other, config, planned_shapes(other, 1), None)
+    ours = add_adapters(other, config, Plan(1), None)
     lora = peft.LoraConfig(r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=kinds(ours),
                            bias="none", lora_dropout=config["lora_dropout"], task_type="CAUSAL_LM")  # fmt: skip
     model = peft.get_peft_model(model, lora).train()

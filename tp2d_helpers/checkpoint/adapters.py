@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from tp2d_helpers.checkpoint.shards import Pieces, whole_weight
 from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.model.lora import SUFFIX, kinds, targets
+from tp2d_helpers.model.lora import SUFFIX, adapter_cut, kinds, targets
+from tp2d_helpers.model.plan import Plan
 
 PREFIX = "base_model.model."  # that peft puts before a module's name
 
@@ -25,13 +26,15 @@ class Adapters:
 
     Args:
         model: what training began with.
+        plan: how its weights were divided.
         ranks: each TP rank's shards (`open_shards`).
         settings: the run's, as its config.json has them.
     """
 
-    def __init__(self, model: ModelFacts, ranks: list[dict[str, Pieces]], settings: dict[str, Any]) -> None:
+    def __init__(self, model: ModelFacts, plan: Plan, ranks: list[dict[str, Pieces]], settings: dict[str, Any]) -> None:
         self.ranks, self.settings = ranks, settings
         self.rank, self.dtype = settings["lora_rank"], model.config.dtype
+        self.cuts = {name: adapter_cut(plan, name) for name in targets(model.meta, settings["lora_targets"])}
         self.targets = targets(model.meta, settings["lora_targets"])
         # GPT-2's layers keep their weights as [in, out].
         self.transposed = isinstance(model.meta.get_submodule(next(iter(self.targets))), Conv1D)
@@ -41,7 +44,9 @@ class Adapters:
         inputs, outputs = self.targets[layer]
         shapes = {"A": torch.Size([self.rank, inputs]), "B": torch.Size([outputs, self.rank])}
         names = {kind: f"{layer}{SUFFIX}.{kind}" for kind in shapes}
-        return tuple(whole_weight(names[kind], self.ranks, shapes[kind], self.dtype) for kind in shapes)
+        cut = self.cuts[layer]
+        cuts = {"A": cut if cut and cut.dim == 1 else None, "B": cut if cut and cut.dim == 0 else None}
+        return tuple(whole_weight(names[kind], self.ranks, shapes[kind], self.dtype, cuts[kind]) for kind in shapes)
 
     def merged(self, trust_remote_code: bool) -> Callable[[str], torch.Tensor]:
         """What gives a weight of the model by its name: W, or W + s · B A in fp32, rounded once to its dtype.

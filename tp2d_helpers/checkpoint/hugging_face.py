@@ -30,6 +30,7 @@ from tp2d_helpers.checkpoint.shards import Pieces, open_shards, whole_weight
 from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.plan import Plan
 
 MAX_FILE_BYTES = 2 * 10**9  # the weights of a larger model are divided among several files
 DTYPES = {
@@ -73,15 +74,19 @@ def export_checkpoint(
     model.config.dtype, ranks = open_shards(tag)
     whole = {name: parameter.to(model.config.dtype) for name, parameter in model.meta.named_parameters()}
     tied = dict(model.meta.named_parameters(remove_duplicate=False))  # under each of their names
+    names = {other: name for name, weight in model.meta.named_parameters() for other in tied if tied[other] is weight}
     whole |= {name: _buffer(name, ranks) for name in model.meta.state_dict() if name not in tied}
-    settings = run_settings(tag.parent)
-    adapters = Adapters(model, ranks, settings | {"model_name": model_name}) if settings.get("lora_rank") else None
+    settings, plan = run_settings(tag.parent), Plan.of(model.meta, len(ranks))
+    lora = settings | {"model_name": model_name} if settings.get("lora_rank") else {}
+    adapters = Adapters(model, plan, ranks, lora) if lora else None
     merged = adapters and adapters.merged(trust_remote_code)
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, or buffer."""
         from_shards = merged is None or name not in tied
-        return whole_weight(name, ranks, whole[name].shape, whole[name].dtype) if from_shards else merged(name)
+        if not from_shards:
+            return merged(name)
+        return whole_weight(name, ranks, whole[name].shape, whole[name].dtype, plan.cuts.get(names.get(name, name)))
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from tp2d_helpers.config import reason
+from tp2d_helpers.model.cuts import Cut
 from tp2d_helpers.model.engine import PRECISIONS
 
 
@@ -35,23 +36,22 @@ SAFE = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_zero_s
 Pieces = tuple[torch.Size, list[torch.Tensor]]  # of a shard: its shape, and what gives it when flattened, end to end
 
 
-def merge(name: str, shards: list[torch.Tensor], whole: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Put one weight together. Shards of the whole shape are replicas: the first one is taken.
+def merge(
+    name: str, shards: list[torch.Tensor], whole: torch.Size, dtype: torch.dtype, cut: Cut | None
+) -> torch.Tensor:
+    """Put one weight together. Without a cut, all ranks have the whole: the first one is taken.
 
     Raises:
-        ValueError: if the shards' shapes don't add up to the whole.
+        ValueError: if the shards are not of the planned shapes.
     """
-    if shards[0].shape == whole:
+    planned = [cut.shape(whole, rank) for rank in range(len(cut.ranges))] if cut else [whole]
+    if [shard.shape for shard in shards] != planned:
+        raise ValueError(f"{name}: shards {[list(shard.shape) for shard in shards]} don't make {list(whole)}")
+    if not cut:
         return shards[0].to(dtype).contiguous()
-    shapes = [list(shard.shape) for shard in shards]
-    cut = next((dim for dim, (part, size) in enumerate(zip(shapes[0], whole, strict=False)) if part != size), 0)
-    # Each shard has the whole shape but in the dimension that was cut, and there they add up to it.
-    sizes = [shape[cut] for shape in shapes if [*shape[:cut], whole[cut], *shape[cut + 1 :]] == list(whole)]
-    if len(sizes) < len(shapes) or sum(sizes) != whole[cut]:
-        raise ValueError(f"{name}: shards {shapes} don't make {list(whole)}")
-    merged = torch.empty(whole, dtype=dtype)  # `torch.cat` would need another copy where the dtype changes
-    for part, shard in zip(merged.split(sizes, dim=cut), shards, strict=True):
-        part.copy_(shard)
+    merged = torch.empty(whole, dtype=dtype)
+    for rank, shard in enumerate(shards):
+        cut.put(merged, shard, rank)
     return merged
 
 
@@ -60,16 +60,17 @@ def read(shape: torch.Size, pieces: list[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if pieces[0].shape == shape else torch.cat(pieces)[: shape.numel()].view(shape)
 
 
-def whole_weight(name: str, ranks: list[dict[str, Pieces]], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """A whole weight, put together from the shards of the TP ranks.
+def whole_weight(
+    name: str, ranks: list[dict[str, Pieces]], shape: torch.Size, dtype: torch.dtype, cut: Cut | None
+) -> torch.Tensor:
+    """A whole weight, put together from the shards of the TP ranks, or taken from the first if they have it whole.
 
     Raises:
         ValueError: if a rank lacks it, or the shards don't make it.
     """
     if any(name not in shards for shards in ranks):
         raise ValueError(f"{name} is not in the checkpoint: was it trained from this model?")
-    replicated = ranks[0][name][0] == shape
-    return merge(name, [read(*shards[name]) for shards in (ranks[:1] if replicated else ranks)], shape, dtype)
+    return merge(name, [read(*shards[name]) for shards in (ranks if cut else ranks[:1])], shape, dtype, cut)
 
 
 def open_shards(tag: Path) -> tuple[torch.dtype, list[dict[str, Pieces]]]:

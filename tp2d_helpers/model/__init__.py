@@ -10,6 +10,6 @@ __getattr__ = lazy(
         "load_config": "facts",
         "get_mixed_precision_dtype": "engine",
         "setup_model_with_autotp": "engine",
-        "shard_table": "sharding",
+        "shard_table": "table",
     },
 )

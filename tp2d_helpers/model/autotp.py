@@ -7,62 +7,68 @@ activations. The gradient of a whole weight that is used there is a part, too, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.module_inject.auto_tp import AutoTP
 from deepspeed.module_inject.autotp_config import AutoTPConfig
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelEmbedding
-from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
-from deepspeed.runtime.tensor_parallel.config import _get_hf_tp_plan
 from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tp2d_helpers.model.sharding import divided_dimension, planned_shapes
+from tp2d_helpers.model.divide import divide
+from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.speed.layers import block_input, column_layers
 
 
-def convert(model: torch.nn.Module, tp_size: int) -> set[str]:
-    """Let AutoTP replace the layers of a meta model, and give each weight the shape of a shard.
-
-    Returns:
-        Names of the whole weights whose gradients AutoTP sums over the TP group.
+def convert(model: torch.nn.Module, plan: Plan) -> None:
+    """Divide a meta model as a run will: what this package divides, then what AutoTP does. Each weight becomes a shard.
 
     Raises:
-        ConfigError: if the model has no plan that can be followed, or tp_size doesn't fit it.
         ValueError, NotImplementedError: if AutoTP refuses the model, or divides it otherwise than planned.
     """
-    planned = planned_shapes(model, tp_size)
-    wanted = {name: divided_dimension(parameter.shape, planned[name]) for name, parameter in model.named_parameters()}
-    specs = TPPlanConverter.convert(_get_hf_tp_plan(model))
-    plan = AutoTPConfig(tp_size=tp_size, layer_specs=specs)
-    autotp = AutoTP(
-        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
-        linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), partition_config=plan,
-        vocab_parallel_lm_head=True, model_config=model.config, training_mode=True,
-    )  # fmt: skip
-    autotp.mp_size = tp_size  # without a group: it replaces the layers and leaves the weights whole
-    autotp._resolve_vocab_parallel_lm_head()
+    planned = plan.shapes(model)
+    divide(model, plan, None, 0)
+    replace_layers(model, plan)
     validate_vocab_parallel_loss(model)
-    autotp.update_linear_policies()
-    autotp._replace_module(model)
     found = dict(_cuts(model))
-    if unlike := [name for name in wanted if found[name] != wanted[name]]:
-        raise ValueError(f"{unlike[0]} would be cut in dimension {found[unlike[0]]}, planned is {wanted[unlike[0]]}")
+    for name, cut in plan.cuts.items():
+        if name in found and found[name] != cut.dim and name.rpartition(".")[0] not in plan.own:
+            raise ValueError(f"{name} would be cut in dimension {found[name]}, planned is {cut.dim}")
     for name, parameter in model.named_parameters():
         parameter.data = parameter.new_empty(planned[name])
     for embedding in filter(lambda module: isinstance(module, VocabParallelEmbedding), model.modules()):
         embedding.padding_idx = None  # an index of the whole vocabulary, as long as there is no group
-    matching = {name: plan.find_matching_spec(name, autotp._get_model_type()) for name in planned}
-    return {name for name, spec in matching.items() if spec and spec.grad_allreduce}
+
+
+def replace_layers(model: torch.nn.Module, plan: Plan, group: Any = None, head: bool = True) -> AutoTP:
+    """Let AutoTP replace the layers, by the steps of `deepspeed.initialize`. Without a group, weights stay whole.
+
+    Args:
+        head: whether the head is cut by vocabulary, too.
+    """
+    autotp = AutoTP(
+        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
+        linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), keep_module_on_host=group is not None,
+        partition_config=AutoTPConfig.from_dict(plan.partition_config()),
+        vocab_parallel_lm_head=head, model_config=model.config, training_mode=True,
+    )  # fmt: skip
+    autotp.mp_size, autotp.mp_group = plan.tp_size, group
+    if head:
+        autotp._resolve_vocab_parallel_lm_head()
+    autotp.update_linear_policies()
+    autotp._replace_module(model)
+    return autotp
 
 
 def _cuts(model: torch.nn.Module) -> Iterator[tuple[str, int | None]]:
-    """(name, dimension that AutoTP's layer divides) of each weight."""
+    """(name, dimension that AutoTP's layer divides) of each weight of its layers."""
     for prefix, module in model.named_modules():
         rows, columns = isinstance(module, LinearAllreduce), isinstance(module, LinearLayer | VocabParallelEmbedding)
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            yield name, 0 if columns else 1 if rows and parameter is module.weight else None
+            if rows or columns:
+                yield name, 0 if columns else 1 if parameter is module.weight else None
 
 
 class Enter(torch.autograd.Function):
@@ -70,8 +76,8 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        """x itself."""
-        return x.view_as(x)
+        """A copy, as some classes add to it in place."""
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
@@ -91,14 +97,19 @@ class Watch(TorchDispatchMode):
         random: of "divided" and "whole", what random numbers were drawn for.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, tp_size: int) -> None:
         super().__init__()
         self.inside, self.random = False, set()
         self.blocks = {name for name, module in model.named_modules() if column_layers(module)}
         for name, module in model.named_modules():
             if isinstance(module, LinearLayer):
                 module.register_forward_pre_hook(self._enter)
+                if module.gather_output:
+                    module.register_forward_hook(partial(self._gather, tp_size))
             elif isinstance(module, LinearAllreduce | VocabParallelEmbedding):
+                module.register_forward_hook(self._leave)
+            elif getattr(module, "tp_region", False):
+                module.register_forward_pre_hook(self._enter)
                 module.register_forward_hook(self._leave)
             if name in self.blocks:
                 self._watch_block(name, module)
@@ -121,7 +132,11 @@ class Watch(TorchDispatchMode):
 
     def _enter(self, _: torch.nn.Module, args: tuple) -> tuple:
         self.inside = True
-        return (Enter.apply(args[0]), *args[1:])
+        return tuple(Enter.apply(value) if value.is_floating_point() else value for value in args)
+
+    def _gather(self, tp_size: int, _: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+        self.inside = False
+        return torch.cat([Leave.apply(output)] * tp_size, -1)
 
     def _leave(self, _: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
         self.inside = False
@@ -157,23 +172,20 @@ def regions(loss: torch.Tensor) -> dict[int, set[str]]:
     return found
 
 
-def unsummed(model: torch.nn.Module, loss: torch.Tensor, summed: set[str]) -> list[str]:
-    """Names of the whole weights of a converted model whose gradients must be summed, and AutoTP doesn't.
+def unsummed(model: torch.nn.Module, loss: torch.Tensor, plan: Plan) -> list[str]:
+    """Names of the whole weights of a converted model whose gradients must be summed.
 
     Raises:
         ValueError: if the gradients of two ranks can't be made one process's.
     """
     used, result = regions(loss), []
-    cuts = dict(_cuts(model))
     biases = {id(module.bias) for module in model.modules() if isinstance(module, LinearAllreduce)}  # added after g
     for name, parameter in model.named_parameters():
         where = used.get(id(parameter), set()) if id(parameter) not in biases else {"whole"}
         if len(where) > 1 or "wrong" in where:
             raise ValueError(f"{name} is used on activations that are divided and on some that are whole")
-        if cuts[name] is not None and where != {"divided"}:
+        if name in plan.cuts and where != {"divided"}:
             raise ValueError(f"{name} is divided, and used on activations that are whole")
-        if name in summed and where != {"divided"}:
-            raise ValueError(f"the gradient of {name} is whole on each rank, and its plan sums it over the ranks")
-        if cuts[name] is None and where == {"divided"} and name not in summed:
+        if name not in plan.cuts and where == {"divided"}:
             result.append(name)
     return result

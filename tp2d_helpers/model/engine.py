@@ -19,12 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
 from tp2d_helpers.model.apart import keep_documents_apart
+from tp2d_helpers.model.divide import divide
 from tp2d_helpers.model.lora import add_adapters, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
+from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.rehearsal import rehearse
-from tp2d_helpers.model.sharding import check_shards, planned_shapes
+from tp2d_helpers.model.table import check_shards
 from tp2d_helpers.model.whole_weights import WholeWeights
 from tp2d_helpers.speed.agreement import everywhere
+from tp2d_helpers.speed.loss import loss_from_logits
 from tp2d_helpers.speed.optimizations import optimize
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,12 +57,15 @@ def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = Fa
     return model
 
 
-def deepspeed_config(config: dict[str, Any], dtype: torch.dtype, bucket: int = 0) -> dict[str, Any]:
+def deepspeed_config(
+    config: dict[str, Any], dtype: torch.dtype, layers: dict[str, Any] | None = None, bucket: int = 0
+) -> dict[str, Any]:
     """The DeepSpeed config of a run: AutoTP, ZeRO, precision, batch sizes.
 
     The batch sizes count samples: a step takes micro-batch × accumulation × dp_size of them, whatever tp_size is.
 
     Args:
+        layers: how AutoTP cuts which layer, and whose gradients it sums (`Plan.partition_config`).
         bucket: elements to reduce gradients by, if they are few; DeepSpeed allocates its bucket whole.
     """
     tp_size, zero_stage = config["tp_size"], config.get("zero_stage", 1)
@@ -81,7 +87,11 @@ def deepspeed_config(config: dict[str, Any], dtype: torch.dtype, bucket: int = 0
     if tp_size > 1:
         # The head's output stays divided by vocabulary, and the cross-entropy is computed on the parts: the whole
         # logits, the largest activation of a small model, exist nowhere.
-        result["tensor_parallel"] = {"autotp_size": tp_size, "vocab_parallel_lm_head": True}
+        result["tensor_parallel"] = {
+            "autotp_size": tp_size,
+            "vocab_parallel_lm_head": True,
+            "partition_config": layers,
+        }
     if dtype == torch.bfloat16:
         low = config.get("master_weights", "fp32") == "bf16"
         result["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": low, "bf16_optimizer_states": low}
@@ -111,23 +121,27 @@ def setup_model_with_autotp(
     # Weights that a checkpoint lacks are drawn at random: the same on all ranks, as nothing equalises them over TP.
     transformers.set_seed(seed)
     model = load_model(model_name, dtype, config.get("trust_remote_code", False))
-    planned, needs = planned_shapes(model, tp_size), rehearse(model.config, tp_size)
-    adapters = add_adapters(model, config, planned, mpu) if config.get("lora_rank") else {}
-    needs.meet(model, mpu.tp_group)
+    plan, needs = Plan.of(model, tp_size), rehearse(model.config, tp_size)
+    planned = plan.shapes(model, mpu.tp_rank)
+    adapters = add_adapters(model, config, plan, mpu) if config.get("lora_rank") else {}
+    if needs.own_loss:
+        loss_from_logits(model)
     if config.get("packing") == "documents":
         keep_documents_apart(model)
+    divide(model, plan, mpu.tp_group, mpu.tp_rank)
+    layers = plan.partition_config(needs.summed)
     bucket = sum(map(torch.numel, (weight for adapter in adapters.values() for weight in adapter.parameters())))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config),
-        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, bucket),
+        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, layers, bucket),
         mpu=mpu,
     )
     check_shards(engine.module, planned)
     if adapters:
         join(engine.module, adapters)
     optimize(engine, config, mpu.tp_group, needs.blocks)
-    engine.whole_weights = WholeWeights(engine.module, mpu.tp_group)
+    engine.whole_weights = WholeWeights(engine, mpu)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.
     engine.random_stream = world_rank if needs.divided_dropout else mpu.dp_rank
     transformers.set_seed(seed + 1 + engine.random_stream)

@@ -15,7 +15,8 @@ import transformers
 from transformers import AutoConfig
 
 from tp2d_helpers.config import ConfigError, reason
-from tp2d_helpers.model.sharding import meta_model, planned_shapes
+from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.sharding import meta_model
 
 
 def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -185,7 +186,7 @@ class ModelFacts:
             mlp=self.mlp // tp_size,
             heads=self.heads // tp_size,
             vocabulary=self.vocabulary // tp_size,
-            parameters=sum(shape.numel() for shape in planned_shapes(self.meta, tp_size).values()),
+            parameters=sum(shape.numel() for shape in Plan.of(self.meta, tp_size).shapes(self.meta).values()),
             block_inputs=self.block_inputs,
             tied=self.tied,
         )

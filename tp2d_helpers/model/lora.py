@@ -24,13 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
-from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL, TensorParallel_Layer
 from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.model.cuts import Cut
+from tp2d_helpers.model.divide import mark, sum_copies, sum_over
 from tp2d_helpers.model.mpu import ModelParallelUnit
-from tp2d_helpers.model.rehearsal import sum_over
-from tp2d_helpers.model.sharding import divided_dimension
+from tp2d_helpers.model.plan import ROW, Plan
 from tp2d_helpers.speed.frozen import freeze
 from tp2d_helpers.speed.layers import decoder_layers
 
@@ -47,45 +47,39 @@ class Adapter(torch.nn.Module):
     """
 
     def __init__(
-        self, size: tuple[int, int], config: dict[str, Any], draw: torch.Generator, cut: int | None, mpu: Any
+        self, size: tuple[int, int], config: dict[str, Any], draw: torch.Generator, cut: Cut | None, mpu: Any
     ) -> None:
-        """An adapter of a layer of (in, out) features; `cut` is the dimension of its weight that is divided."""
+        """An adapter of a layer of (in, out) features; `cut` is that of B, in dimension 0, or of A, in dimension 1."""
         super().__init__()
         (self.inputs, outputs), rank = size, config["lora_rank"]
         self.scale, self.dropout, self.cut = config["lora_alpha"] / rank, config["lora_dropout"], cut
-        self.tp_world_size, self.rank = (1, 0) if cut is None else (mpu.tp_group.size(), mpu.tp_rank)
+        self.rank = mpu.tp_rank if cut else 0
         A, B = torch.empty(rank, self.inputs), torch.zeros(outputs, rank)
         torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=draw)  # as nn.Linear and peft do
         self.size = A.numel() + B.numel()  # of the whole
         self.wholes = (A.shape, B.shape)
         # Copies, as AdamW's fused kernel takes a view with gaps for one without.
-        self.A = torch.nn.Parameter(self._part(A, 1).contiguous() if cut == 1 else A)
-        self.B = torch.nn.Parameter(self._part(B, 0).clone() if cut == 0 else B)
-        if cut is not None:
-            divided, whole = (self.A, self.B) if cut else (self.B, self.A)
-            setattr(divided, DS_TENSOR_MODEL_PARALLEL, True)  # its norm is added up over the ranks
-            whole.register_hook(partial(sum_over, mpu.tp_group))
+        self.row = cut is not None and cut.dim == 1
+        self.A = torch.nn.Parameter(cut.take(A, self.rank).contiguous() if self.row else A)
+        self.B = torch.nn.Parameter(cut.take(B, self.rank).clone() if cut and not self.row else B)
+        if cut:
+            (self.B if self.row else self.A).register_hook(partial(sum_over, mpu.tp_group))
+            self._mark_uc_metadata()
+            if cut.copies > 1:
+                self.B.register_hook(partial(sum_copies, mpu.tp_group, cut, B.shape, self.rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., out or out/t], from x [..., in or in/t]: what is added to the layer's output on this rank."""
         if self.training and self.dropout:
             kept = F.dropout(x.new_ones(*x.shape[:-1], self.inputs), self.dropout)
-            x = x * (self._part(kept, -1) if self.cut == 1 else kept)
+            x = x * (Cut(-1, self.cut.ranges).take(kept, self.rank) if self.row else kept)
         return self.scale * F.linear(F.linear(x, self.A), self.B)
 
-    def _part(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
-        return whole.chunk(self.tp_world_size, dim)[self.rank]
-
     def _mark_uc_metadata(self) -> None:
-        """Note how the divided one is cut, for a checkpoint that loads on other grids; called by DeepSpeed."""
-        if self.cut is None:
-            return
-        divided, whole = (self.A, self.wholes[0]) if self.cut else (self.B, self.wholes[1])
-        sizes = [whole[self.cut] // self.tp_world_size] * self.tp_world_size
-        TensorParallel_Layer._set_param_uc_meta(
-            self, divided, partition_type="row" if self.cut else "column", partition_dim=self.cut,
-            logical_shape=tuple(whole), output_shape=tuple(whole), partition_sizes=sizes, original_shape=tuple(whole),
-        )  # fmt: skip
+        """Note how the divided one is cut, for a checkpoint that loads on other grids; called by DeepSpeed, too."""
+        if self.cut:
+            divided, whole = (self.A, self.wholes[0]) if self.row else (self.B, self.wholes[1])
+            mark(divided, self.cut, whole, self.rank)
 
 
 def targets(model: torch.nn.Module, lora_targets: str) -> dict[str, tuple[int, int]]:
@@ -118,6 +112,12 @@ def kinds(layers: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
 
+def adapter_cut(plan: Plan, layer: str) -> Cut | None:
+    """How a layer's adapter is divided: a column-wise layer's in dimension 0 of B, a row-wise one's in 1 of A."""
+    cut = plan.cuts.get(f"{layer}.weight")
+    return cut and Cut(1 if plan.styles[layer] == ROW else 0, cut.ranges)
+
+
 def adapter_parameters(model: torch.nn.Module, config: dict[str, Any]) -> int:
     """Parameters of all adapters of a run, whole: r · (in + out) of each target. 0 without LoRA."""
     if not config["lora_rank"]:
@@ -126,14 +126,14 @@ def adapter_parameters(model: torch.nn.Module, config: dict[str, Any]) -> int:
 
 
 def add_adapters(
-    model: torch.nn.Module, config: dict[str, Any], planned: dict[str, torch.Size], mpu: ModelParallelUnit
+    model: torch.nn.Module, config: dict[str, Any], plan: Plan, mpu: ModelParallelUnit
 ) -> dict[str, Adapter]:
     """Freeze a loaded model and hang an adapter beside each target; before DeepSpeed divides it. See `join`.
 
     They are drawn from the run's seed alone: the same on all ranks, at every grid.
 
     Args:
-        planned: the shapes that AutoTP will give the model's weights (`sharding.planned_shapes`).
+        plan: of the model's own weights.
 
     Returns:
         the adapters, by the names of the layers.
@@ -142,9 +142,9 @@ def add_adapters(
         weight._ds_grad_allreduce_registered = True  # or AutoTP asks for a hook on the gradients of Qwen3's norms
     draw, adapters = torch.Generator().manual_seed(config["seed"]), {}
     for name, size in targets(model, config["lora_targets"]).items():
-        weight = model.get_submodule(name).weight
-        cut = divided_dimension(weight.shape, planned[f"{name}.weight"])
-        adapters[name] = Adapter(size, config, draw, cut, mpu).to(weight.dtype)
+        adapters[name] = Adapter(size, config, draw, adapter_cut(plan, name), mpu).to(
+            model.get_submodule(name).weight.dtype
+        )
     for name, adapter in adapters.items():
         parent, _, own = name.rpartition(".")
         model.get_submodule(parent).add_module(own + SUFFIX, adapter)

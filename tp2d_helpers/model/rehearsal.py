@@ -11,12 +11,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 import transformers
 from deepspeed.module_inject import layers as autotp_layers
 from deepspeed.runtime.tensor_parallel.config import AUTOTP_MODE
@@ -26,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
+from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.sharding import meta_model, random_model
 from tp2d_helpers.speed.loss import loss_from_logits
 
@@ -39,7 +38,7 @@ class Rehearsal:
 
     Attributes:
         own_loss: the class computes its loss without `num_items_in_batch`; the run computes it from the logits.
-        summed: whole weights on divided activations, whose gradients the run sums over the TP group.
+        summed: whole weights on divided activations, whose gradients must be summed over the TP group.
         blocks: modules whose column-wise layers all take the module's own input.
         divided_dropout: random numbers are drawn for divided activations: each rank of a TP group needs its own.
     """
@@ -48,21 +47,6 @@ class Rehearsal:
     summed: list[str] = field(default_factory=list)
     blocks: set[str] = field(default_factory=set)
     divided_dropout: bool = False
-
-    def meet(self, model: torch.nn.Module, tp_group: dist.ProcessGroup) -> None:
-        """Change the loaded model so that it is equal to one process; before AutoTP divides it."""
-        if self.own_loss:
-            loss_from_logits(model)
-        for parameter in map(model.get_parameter, self.summed):
-            if parameter.requires_grad:
-                parameter.register_hook(partial(sum_over, tp_group))
-
-
-def sum_over(tp_group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
-    """A hook of a weight: the sum of its gradients over the group, as a new tensor."""
-    total = gradient.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=tp_group)
-    return total
 
 
 def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehearsal:
@@ -95,11 +79,12 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
     kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP at tp_size {tp_size}: "
     model = meta_model(hf_config, torch.bfloat16)
     try:
-        summed = convert(model, tp_size)
-        with Watch(model) as watch:
+        plan = Plan.of(model, tp_size)
+        convert(model, plan)
+        with Watch(model, tp_size) as watch:
             loss, own_loss = _pass(model)
         _check_reach(model, loss)
-        more = unsummed(model, loss, summed)
+        summed = unsummed(model, loss, plan)
     except ConfigError:
         raise
     except Exception as error:
@@ -110,7 +95,7 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
             "own random numbers, and on activations that are whole, where all need the same. Set one of them to 0 in "
             "the model's config.json (attention_dropout, or resid_pdrop, residual_dropout, …), or take tp_size 1"
         )
-    return Rehearsal(own_loss, more, watch.blocks, "divided" in watch.random)
+    return Rehearsal(own_loss, summed, watch.blocks, "divided" in watch.random)
 
 
 def _pass(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:

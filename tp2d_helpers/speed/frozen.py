@@ -47,6 +47,21 @@ class Leave(torch.autograd.Function):
         return gradient, None
 
 
+class Both(torch.autograd.Function):
+    """The sum over the TP group of what each rank has a part of, and uses on its own part: so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
+        """The sum of the ranks' x, of any shape."""
+        ctx.group = group
+        return torch.ops.tp2d.all_reduce(x, "sum", group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The sum of the ranks' gradients."""
+        return torch.ops.tp2d.all_reduce(gradient, "sum", ctx.group), None
+
+
 class FrozenColumn(LinearLayer):
     """AutoTP's column-wise layer, and its adapter's part."""
 
@@ -87,7 +102,7 @@ FROZEN = {LinearLayer: FrozenColumn, LinearAllreduce: FrozenRow}
 def freeze(model: torch.nn.Module) -> None:
     """Take AutoTP's layers for these, without adapters yet."""
     for layer in model.modules():
-        if type(layer) in FROZEN:
+        if type(layer) in FROZEN and not getattr(layer, "gather_output", False):
             reductions.register(layer.mp_group)
             layer.__class__, layer.adapter = FROZEN[type(layer)], ()
 

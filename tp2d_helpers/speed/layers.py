@@ -126,7 +126,7 @@ def reduce_once_per_block(model: torch.nn.Module, blocks: Collection[str]) -> No
 
 def column_layers(block: torch.nn.Module) -> list[LinearLayer]:
     """The column-wise layers that AutoTP made of a module's own children."""
-    return [child for child in block.children() if type(child) is LinearLayer]
+    return [child for child in block.children() if type(child) is LinearLayer and not child.gather_output]
 
 
 def block_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -26,6 +26,10 @@ class Collectives:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.works = group, []
 
+    def now(self, x: torch.Tensor, operation: str) -> None:
+        """All-reduce x, contiguous, in place; the device waits for it."""
+        dist.all_reduce(x, OPERATIONS[operation], self.group)
+
     def begin(self, part: torch.Tensor) -> None:
         """Start to all-reduce `part`, contiguous, in place. It must not be touched before `finish`."""
         self.works.append(dist.all_reduce(part, group=self.group, async_op=True))
@@ -158,8 +162,8 @@ def column_gradients(
 
 def all_reduce(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
     """The all-reduce ("sum" or "max") of x over the TP group, as a new tensor; the device waits for it."""
-    result = x.clone()
-    dist.all_reduce(result, OPERATIONS[operation], REDUCERS[group].group)
+    result = x.clone(memory_format=torch.contiguous_format)
+    REDUCERS[group].now(result, operation)
     return result
 
 

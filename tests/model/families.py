@@ -1,0 +1,59 @@
+"""The model types that are proven equal to one process, with a tiny shape of each that has what sets it apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=64)
+WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
+# What each adds to `conftest.TINY`: 2 layers, hidden size 64, 8 heads of 8, 4 key-value heads, MLP 176, 2,048 tokens.
+TYPES: dict[str, dict[str, Any]] = {
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(tie_word_embeddings=True, head_dim=16),
+    "qwen3_5_text": dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=4,
+                         linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
+    "llama": {},
+    "mistral": dict(sliding_window=32),
+    "ministral3": {},
+    "gemma": dict(head_dim=16),
+    "gemma2": dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+                   **WINDOW),
+    "gemma3_text": dict(head_dim=16, query_pre_attn_scalar=16, **WINDOW),
+    "phi": dict(partial_rotary_factor=0.5),
+    "phi3": dict(partial_rotary_factor=0.5, tie_word_embeddings=True),
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "smollm3": {},
+    "granite": dict(embedding_multiplier=2.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2),
+    "cohere": dict(use_qk_norm=True, tie_word_embeddings=True),
+    "cohere2": WINDOW,
+    "glm": dict(partial_rotary_factor=0.5),
+    "glm4": dict(partial_rotary_factor=0.5, attention_bias=True),
+    "stablelm": dict(use_qkv_bias=True),
+    "starcoder2": {},
+    "gpt_neox": dict(hidden_dropout=0.0, attention_dropout=0.0),
+    "exaone4": WINDOW,
+    "apertus": {},
+    "arcee": {},
+    "helium": {},
+    "ernie4_5": {},
+    "nanochat": {},
+    "nemotron": {},
+    "hunyuan_v1_dense": {},
+    "seed_oss": dict(attention_dropout=0.0, residual_dropout=0.0),
+    "gpt2": dict(n_positions=256, **NO_DROPOUT),
+    "opt": dict(ffn_dim=128, word_embed_proj_dim=64, dropout=0.0),
+    "falcon": dict(new_decoder_architecture=True, num_kv_heads=4, bias=True, alibi=False),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=32, intermediate_size=64),
+    "qwen2_moe": dict(num_experts=4, shared_expert_intermediate_size=48, mlp_only_layers=[1], **EXPERTS),
+    "qwen3_moe": dict(num_experts=4, head_dim=16, norm_topk_prob=True, **EXPERTS),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2, intermediate_size=64),
+    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=64),
+    "phimoe": dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=64, router_jitter_noise=0.0),
+    "glm4_moe": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, **EXPERTS),
+    "dots1": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, **EXPERTS),
+    "granite_swa": {},
+    "vaultgemma": {},
+}  # fmt: skip
