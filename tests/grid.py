@@ -304,7 +304,9 @@ def assert_equal_runs(
     for name, then in reference.weights.items():
         error = (run.weights[name] - then).pow(2).mean().sqrt().item() / reference.config["learning_rate"]
         # A bias of the keys adds the same to all scores of a query, but for rotary angles: its gradient is rounding.
-        assert error <= weight * (5 if name.endswith("k_proj.bias") else 1), f"{name} is off by {error:.2g} learning rates"
+        assert error <= weight * (5 if name.endswith("k_proj.bias") else 1), (
+            f"{name} is off by {error:.2g} learning rates"
+        )
 
 
 def differences(run: Run, reference: Run) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ activations. The gradient of a whole weight that is used there is a part, too, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -42,16 +42,19 @@ def convert(model: torch.nn.Module, plan: Plan) -> None:
         embedding.padding_idx = None  # an index of the whole vocabulary, as long as there is no group
 
 
-def replace_layers(model: torch.nn.Module, plan: Plan, group: Any = None, head: bool = True) -> AutoTP:
+def replace_layers(
+    model: torch.nn.Module, plan: Plan, group: Any = None, head: bool = True, summed: Iterable[str] = ()
+) -> AutoTP:
     """Let AutoTP replace the layers, by the steps of `deepspeed.initialize`. Without a group, weights stay whole.
 
     Args:
         head: whether the head is cut by vocabulary, too.
+        summed: names of whole weights whose gradients are to be summed.
     """
     autotp = AutoTP(
         module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
         linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), keep_module_on_host=group is not None,
-        partition_config=AutoTPConfig.from_dict(plan.partition_config()),
+        partition_config=AutoTPConfig.from_dict(plan.partition_config(summed)),
         vocab_parallel_lm_head=head, model_config=model.config, training_mode=True,
     )  # fmt: skip
     autotp.mp_size, autotp.mp_group = plan.tp_size, group

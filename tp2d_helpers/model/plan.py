@@ -59,6 +59,7 @@ PLANS: dict[str, dict[str, str]] = {
     },
     "gpt_neox": {"layers.*.attention.query_key_value": PARTS},
 }
+WHOLE_GROUPS = ("query_key_value.weight", "query_key_value.bias")  # queries stand among their keys and values
 ALIGNED = 8  # 16 bytes in bf16
 LARGEST_WHOLE = 0.1  # of a decoder layer: matrices that every rank keeps whole, such as routers
 
@@ -235,7 +236,8 @@ class _Planner:
         begin = 0
         for size, unit in parts:
             number = size // unit
-            if number % self.tp_size and (number != self.kv_heads or self.tp_size % number):
+            shared = number == self.kv_heads and not self.tp_size % number and not name.endswith(WHOLE_GROUPS)
+            if number % self.tp_size and not shared:
                 raise ConfigError(
                     f"tp_size = {self.tp_size}: does not divide {name} {list(self.model.get_parameter(name).shape)} in "
                     f"dimension {dim}" + f", where it has {number} heads or groups of {unit}" * (unit > 1)

@@ -17,6 +17,7 @@ from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters, kinds, targets
+from tp2d_helpers.model.proof import prove
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
@@ -69,8 +70,6 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
         raise ConfigError(f"seq_length = {config.seq_length}: the model's positions end at {model.positions}")
     if config.tp_size > 1:
         model.shard(config.tp_size)
-        if model.vocabulary % config.tp_size:
-            raise ConfigError(f"tp_size = {config.tp_size}: must divide the vocabulary of {model.vocabulary} tokens")
     tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
         raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
@@ -79,10 +78,13 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     needs = rehearse(model.config, config.tp_size)
     if needs.own_loss:
         compare_losses(model.config)
+    if config.tp_size > 1:
+        prove(model.config, config.tp_size, needs)
     name = display_name(config.model_name)
     shards = f"{config.tp_size} shard{'s' * (config.tp_size > 1)}"
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
-    special = ", loss computed from the logits" * needs.own_loss
+    special = ", equal to one process on a small model" * (config.tp_size > 1)
+    special += ", loss computed from the logits" * needs.own_loss
     special += f", gradients of {len(needs.summed)} whole weights summed over the ranks" * bool(needs.summed)
     return f"{name}: {model.config.model_type}, {model.parameters:,} parameters, {weights}", (
         f"{shards} × {replicas}, ZeRO stage {config.zero_stage}{special}"

@@ -1,0 +1,193 @@
+"""Is a divided model the same function as the whole one? Computed on the driver, before a GPU is taken.
+
+The ranks of a TP group run as threads on the CPU, by the code that the workers run: this package's division and AutoTP's
+layers, on a small model of the same class with random weights. Its loss, and the gradient of every weight on every rank,
+must be those of one process. So a model type that nobody has tried is not taken on trust, nor is one whose code comes
+with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from deepspeed.module_inject import auto_tp
+from deepspeed.module_inject import layers as autotp_layers
+
+from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.model.apart import small_model
+from tp2d_helpers.model.autotp import replace_layers
+from tp2d_helpers.model.divide import divide
+from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.rehearsal import Rehearsal, quiet
+from tp2d_helpers.speed import reductions
+
+SAMPLE = (2, 12)  # samples, tokens
+LOSS, GRADIENT = 1e-5, 1e-3  # as shares; rounding in fp32 makes less than a tenth of either
+ROUNDING = 1e-5  # of the largest gradient's size: what a gradient that is zero may be off by
+
+
+@dataclass
+class Meeting:
+    """Where the threads meet: each brings a tensor and takes those of all."""
+
+    size: int
+    barrier: threading.Barrier = field(init=False)
+    brought: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.barrier = threading.Barrier(self.size)
+
+    def exchange(self, rank: int, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, in their order."""
+        self.brought[rank] = tensor.detach().clone()
+        self.barrier.wait()
+        found = [self.brought[rank] for rank in range(self.size)]
+        self.barrier.wait()
+        return found
+
+
+@dataclass
+class Rank:
+    """A rank's TP group: what stands in for PyTorch's process group, and for this package's collectives over it."""
+
+    meeting: Meeting
+    rank: int
+
+    @property
+    def group_name(self) -> str:
+        """What the operators of `reductions` know it by."""
+        return f"proof-{self.rank}"
+
+    @property
+    def group(self) -> Rank:
+        """Itself: `reductions.register` asks."""
+        return self
+
+    def now(self, x: torch.Tensor, operation: str) -> None:
+        """All-reduce x in place."""
+        found = torch.stack(self.meeting.exchange(self.rank, x))
+        x.copy_(found.sum(0) if operation == "sum" else found.amax(0))
+
+
+class Communication:
+    """The part of `deepspeed.comm` that AutoTP's layers use."""
+
+    @staticmethod
+    def get_world_size(group: Rank) -> int:
+        """Ranks in a TP group."""
+        return group.meeting.size
+
+    @staticmethod
+    def get_rank(group: Rank) -> int:
+        """This rank in it."""
+        return group.rank
+
+    @staticmethod
+    def all_reduce(tensor: torch.Tensor, group: Rank) -> None:
+        """The sum, in place."""
+        group.now(tensor, "sum")
+
+    @staticmethod
+    def all_gather_into_tensor(result: torch.Tensor, tensor: torch.Tensor, group: Rank) -> None:
+        """The ranks' tensors, end to end in dimension 0."""
+        result.copy_(torch.cat(group.meeting.exchange(group.rank, tensor)))
+
+
+def prove(hf_config: transformers.PretrainedConfig, tp_size: int, needs: Rehearsal) -> None:
+    """Compare a small model of the class, divided, with the whole one. About a second or two.
+
+    Args:
+        needs: what `rehearse` found.
+
+    Raises:
+        ConfigError: with the weight or the loss that differs.
+    """
+    kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP at tp_size {tp_size}: "
+    try:
+        with quiet(), _ranks_are_threads(tp_size) as ranks:
+            whole = small_model(hf_config, tp_size).eval()
+            plan = Plan.of(whole, tp_size)
+            models = [_divided(whole, plan, rank, needs) for rank in ranks]
+            draw = torch.Generator().manual_seed(0)
+            ids = torch.randint(whole.config.get_text_config().vocab_size, SAMPLE, generator=draw)
+            expected = _loss(whole, ids)
+            with ThreadPoolExecutor(tp_size) as pool:
+                losses = list(pool.map(_loss_on, ranks, models, [ids] * tp_size))
+        trouble = _differences(whole, models, plan, expected, losses)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{kind}{reason(error).rstrip('.')}. Take tp_size 1") from error
+    if trouble:
+        raise ConfigError(f"{kind}{trouble}, tried with random weights. Take tp_size 1")
+
+
+def _divided(whole: torch.nn.Module, plan: Plan, rank: Rank, needs: Rehearsal) -> torch.nn.Module:
+    """A rank's model. The head stays whole: how it is cut by vocabulary does not depend on the model's class."""
+    model = copy.deepcopy(whole)
+    divide(model, plan, rank, rank.rank)
+    autotp = replace_layers(model, plan, rank, head=False, summed=needs.summed)
+    autotp.register_replicated_grad_hooks(model)
+    return model
+
+
+def _loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """The mean cross-entropy of the next token, after a backward pass."""
+    logits = model(input_ids=ids, use_cache=False)
+    logits = logits[0] if isinstance(logits, tuple) else logits.logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    return loss.item()
+
+
+def _loss_on(rank: Rank, model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """The same on a thread; if it fails, the others don't wait for it."""
+    try:
+        return _loss(model, ids)
+    except BaseException:
+        rank.meeting.barrier.abort()
+        raise
+
+
+def _differences(
+    whole: torch.nn.Module, models: list[torch.nn.Module], plan: Plan, expected: float, losses: list[float]
+) -> str:
+    """What is not as in one process, in words; "" if nothing."""
+    if off := [loss for loss in losses if not abs(loss - expected) <= LOSS * abs(expected)]:
+        return f"its loss would be {off[0]:.6f}, and is {expected:.6f} in one process"
+    gradients = {name: weight.grad for name, weight in whole.named_parameters() if weight.grad is not None}
+    of_head = {id(weight) for weight in whole.get_output_embeddings().parameters()}
+    heads = {name for name, weight in whole.named_parameters() if id(weight) in of_head}
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        cut = None if name in heads else plan.cuts.get(name)
+        for rank, model in enumerate(models):
+            mine, wanted = model.get_parameter(name).grad, cut.take(gradient, rank) if cut else gradient
+            if mine is None or not (mine - wanted).norm() <= GRADIENT * wanted.norm() + ROUNDING * largest:
+                return f"the gradient of {name} would be another than in one process"
+    return ""
+
+
+@contextmanager
+def _ranks_are_threads(tp_size: int) -> Iterator[list[Rank]]:
+    """Within it, AutoTP's layers and the operators of `reductions` communicate between threads."""
+    meeting = Meeting(tp_size)
+    ranks = [Rank(meeting, rank) for rank in range(tp_size)]
+    parallel: Any = mock.Mock(is_parallel=lambda group: True)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(auto_tp, "print_dist"))
+        for module in (autotp_layers, auto_tp):
+            stack.enter_context(mock.patch.object(module, "dist", Communication))
+        stack.enter_context(mock.patch.object(autotp_layers, "pg_utils", parallel))
+        stack.enter_context(mock.patch.object(autotp_layers.TensorParallel_Layer, "keep_module_on_host", True))
+        stack.enter_context(mock.patch.dict(reductions.REDUCERS, {rank.group_name: rank for rank in ranks}))
+        yield ranks
