@@ -7,6 +7,7 @@ files go through transformers' own mapping, onto a model without storage, and wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -58,7 +59,7 @@ def check_weights(model_name: str, model: ModelFacts) -> str:
         weights = {name: weight for path, names in files.items() for name, weight in _read(path, names).items()}
         weights = weights or _read_from_hub(model_name)
         unused = _compare(model, weights) if weights else set()
-        if model.tied:
+        if weights and model.tied:
             _check_tied(files, weights)
     except ConfigError as error:
         raise ConfigError(f"model_name = {model_name!r}: {error}") from error.__cause__
@@ -193,8 +194,9 @@ def _check_tied(files: Iterable[Path], weights: dict[str, Weight]) -> None:
 
     `from_pretrained` would keep both, and an export by the config would have the embedding alone.
     """
-    pair = [next((n for n in weights if n.endswith(end)), "") for end in ("embed_tokens.weight", "lm_head.weight")]
-    paths = [path for name in pair for path in files if name and path.name == weights[name].file]
+    named = {functools.reduce(lambda n, way: re.sub(*way, n), KEY_MAPPING.items(), name): name for name in weights}
+    pair = [named[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in named]
+    paths = [path for name in pair for path in files if path.name == weights[name].file]
     if len(paths) < 2 or paths[0].suffix != ".safetensors":
         return
     with safe_open(paths[0], framework="pt") as one, safe_open(paths[1], framework="pt") as other:
