@@ -279,7 +279,7 @@ def transformers_loading() -> None:
     """`from_pretrained` loads by the same calls, in the same order."""
     from transformers import PreTrainedModel, conversion_mapping, core_model_loading, modeling_utils
 
-    takes(conversion_mapping.get_model_conversion_mapping, "model")
+    takes(conversion_mapping.get_model_conversion_mapping, "model", "key_mapping")
     takes(core_model_loading.convert_and_load_state_dict_in_model, "model", "state_dict", "load_config")
     takes(modeling_utils.LoadStateDictConfig.__init__, "self")
     has(modeling_utils.LoadStateDictConfig(), "device_map", "dtype", "weight_mapping")
@@ -301,6 +301,14 @@ def transformers_published_names() -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", hidden_size=64, num_hidden_layers=1))
     head = {"lm_head.weight": model.lm_head.weight}
     assert list(revert_weight_conversion(model, head)) == ["embed_out.weight"]
+
+
+@interface("_weight_conversions")
+def transformers_conversions_of_a_load() -> None:
+    from transformers import core_model_loading
+
+    source = inspect.getsource(core_model_loading)
+    assert "model._weight_conversions = " in source and 'getattr(model, "_weight_conversions", None)' in source
 
 
 @interface("_render_traceback_")

@@ -68,6 +68,8 @@ def launch(plan: Plan, train_func: Callable[[dict[str, Any]], None] = train_func
             worker_runtime_env=plan.worker_runtime_env,
         ),
     )
+    if whole := plan.model.part_of:
+        print(f"the text model of {whole} alone is trained: what takes images or sound is left out", flush=True)
     with follow(config, plan.steps_per_epoch):
         return trainer.fit()
 

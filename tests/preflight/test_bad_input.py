@@ -753,8 +753,8 @@ def test_what_can_run_is_planned(cluster: dict[str, float], actors: list[str], t
 
 def test_the_model_is_read_once(cluster: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two readings could understand a config differently: all checks and the planner share one."""
-    calls, load = [], facts.load_config
-    monkeypatch.setattr(facts, "load_config", lambda *arguments: calls.append(arguments) or load(*arguments))
+    calls, load = [], facts.read_config
+    monkeypatch.setattr(facts, "read_config", lambda *arguments: calls.append(arguments) or load(*arguments))
     found = plan.preflight(make_config(**{**SMALL, "storage_path": str(tmp_path)}))
     assert len(calls) == 1 and found.model.vocabulary == 2048
 

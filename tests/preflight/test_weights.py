@@ -115,6 +115,17 @@ def test_a_tied_weight_need_be_there_once(model: Callable[..., Path]) -> None:
     assert found(model("qwen2-tied", head_only)) == "weights in 1 file, F32"
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_tied_weight_that_is_there_twice(model: Callable[..., Path], more: int) -> None:
+    """Under two names it may be the same; a head of its own would be lost in an export."""
+    twice = lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + more}  # noqa: E731
+    folder = model("qwen2-tied", twice)
+    if more:
+        refused(folder, "lm_head.weight is model.embed_tokens.weight", "set tie_word_embeddings to false")
+    else:
+        assert found(folder) == "weights in 1 file, F32"
+
+
 def test_names_without_the_base_models_prefix(model: Callable[..., Path]) -> None:
     """As `AutoModel` saves them; transformers adds it."""
     change = lambda weights: {name.removeprefix("model."): weight for name, weight in weights.items()}  # noqa: E731

@@ -22,12 +22,13 @@ LEFT_OUT = {"model_name", "dataset_name", "tp_size", "dp_size", "zero_stage", "p
             "trackers", "max_failures", "min_dp_size", "hang_timeout_seconds", "cluster_wait_seconds"}  # fmt: skip
 
 
-def model_card(checkpoint: Path, model_name: str) -> ModelCard:
+def model_card(checkpoint: Path, model_name: str, part_of: str = "") -> ModelCard:
     """The card for the model of a checkpoint. It has no local path: of a file or folder it says the name.
 
     Args:
         checkpoint: a folder `checkpoint_<n>` in the run's folder. What isn't there isn't told.
         model_name: the model that training began with.
+        part_of: the kind of that model, if its text model alone was trained.
     """
     manifest, settings = read_json(checkpoint / "rank_0.json"), run_settings(checkpoint)
     records = read_json_lines(checkpoint.parent / "metrics.jsonl")
@@ -43,6 +44,7 @@ def model_card(checkpoint: Path, model_name: str) -> ModelCard:
     sections = [
         f"# {settings.get('experiment_name', model)}",
         _what(model, data, bool(BUILT.search(model_name)), manifest, records),
+        _text_alone(model, part_of, bool(settings.get("lora_rank"))) if part_of else "",
         _table("Results", _results(manifest, records)),
         _table("Grid", _grid(manifest)),
         _table("Settings", {name: shown(value) for name, value in settings.items() if _counts(name, value)}),
@@ -80,6 +82,12 @@ def _what(model: str, data: str, random: bool, manifest: dict[str, Any], records
     seen = f" ({tokens:,} tokens)" if len(records) == manifest.get("step") else ""
     steps = f", for {manifest['step']:,} optimizer steps{seen}" if manifest else ""
     return f"{begun}{on}{steps}, by tensor parallelism (DeepSpeed AutoTP) and ZeRO under Ray Train."
+
+
+def _text_alone(model: str, part_of: str, lora: bool) -> str:
+    alone = f"The text model of {part_of} alone was trained, and is here; `AutoModelForCausalLM` loads it"
+    adapter = f"The adapter fits what `load_model({model!r}, torch.bfloat16)` of `tp2d_helpers.model` loads"
+    return f"{alone}. {adapter}." if lora else f"{alone}."
 
 
 def _results(manifest: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:

@@ -91,6 +91,7 @@ def export_checkpoint(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
         new = Path(scratch, "new")
+        model.config.architectures = [type(model.meta).__name__]
         model.config.save_pretrained(new)
         # With the chat template that the run was trained by: what answers must be asked in the same form.
         tokenizer = load_tokenizer(model_name, trust_remote_code, settings.get("chat_template", ""))
@@ -102,7 +103,7 @@ def export_checkpoint(
         _write_weights(new, model.meta, whole, weight)
         if adapters:
             adapters.save(new / "adapter")
-        model_card(tag.parent, model_name).save(new / "README.md")
+        model_card(tag.parent, model_name, model.part_of).save(new / "README.md")
         if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
             folder.rename(Path(scratch, "older"))
         new.rename(folder)

@@ -8,6 +8,7 @@ __getattr__ = lazy(
         "ModelParallelUnit": "mpu",
         "ModelFacts": "facts",
         "load_config": "facts",
+        "load_model": "engine",
         "get_mixed_precision_dtype": "engine",
         "setup_model_with_autotp": "engine",
         "shard_table": "table",

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from tp2d_helpers import startup
 from tp2d_helpers.model.apart import keep_documents_apart
 from tp2d_helpers.model.divide import divide
+from tp2d_helpers.model.facts import loading_arguments
 from tp2d_helpers.model.lora import add_adapters, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.plan import Plan
@@ -51,7 +52,11 @@ def _common_dtype() -> torch.dtype:
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
     """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
     startup.mark("process groups")
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
+    settings = dict(dtype=dtype, trust_remote_code=trust_remote_code)
+    part = loading_arguments(model_name, trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(model_name, **settings, **part)
+    if part:  # else `save_pretrained` would write the names of the whole model's files again
+        model._weight_conversions = None
     model.config.use_cache = False
     startup.mark("weights")
     return model

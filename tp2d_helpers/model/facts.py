@@ -17,12 +17,29 @@ from transformers import AutoConfig
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.sharding import meta_model
+from tp2d_helpers.model.text_part import KEY_MAPPING, is_part, text_part
 
 
 def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
-    """Read the model's config. Raises `ConfigError` if it is neither local nor in the hub's reach or cache."""
+    """Read the config of what is trained: where the text model is a part, that part's.
+
+    Raises:
+        ConfigError: if it is neither local nor in the hub's reach or cache.
+    """
+    return text_part(*read_config(model_name, trust_remote_code))
+
+
+def loading_arguments(model_name: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What `from_pretrained` must be told to load the text model alone; nothing where it is no part."""
+    whole, given = read_config(model_name, trust_remote_code)
+    return dict(config=text_part(whole, given), key_mapping=KEY_MAPPING) if is_part(whole) else {}
+
+
+def read_config(model_name: str, trust_remote_code: bool) -> tuple[transformers.PretrainedConfig, dict[str, Any]]:
+    """(the config of the whole model, the fields in its config.json if it has parts)."""
     try:
-        return AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
+        return config, config.get_config_dict(model_name)[0] if is_part(config) else {}
     except Exception as error:
         raise ConfigError(
             f"model_name = {model_name!r}: its config can't be loaded ({reason(error)}). "
@@ -68,10 +85,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A decoder's shape and parameters. Of a config whose text model is a part of it, that part's.
+    """A decoder's shape and parameters. Where the text model is a part, that part's: it alone is trained.
 
     Attributes:
-        config: the model's own, as `transformers` reads it.
+        config: the trained model's, as `transformers` reads it.
+        part_of: the `model_type` of the whole, where the text model is a part; else empty.
         layers, hidden, heads, key_value_heads, head_dim, mlp, vocabulary: its shape. Of what differs between layers,
             the mean.
         positions: the longest sequence that it knows; None without a limit.
@@ -79,6 +97,7 @@ class ModelFacts:
     """
 
     config: transformers.PretrainedConfig
+    part_of: str
     layers: int
     hidden: int
     heads: int
@@ -92,16 +111,21 @@ class ModelFacts:
     @classmethod
     def read(cls, model_name: str, trust_remote_code: bool = False) -> ModelFacts:
         """Of a model by its name. Raises `ConfigError` if its config can't be loaded."""
-        return cls.of(load_config(model_name, trust_remote_code))
+        return cls.of(*read_config(model_name, trust_remote_code))
 
     @classmethod
     def of_shape(cls, shape: dict[str, Any]) -> ModelFacts:
         """Of a model that is nowhere: `model_type` and fields of its config, as in `demo.SHAPES`."""
-        return cls.of(AutoConfig.for_model(**shape))
+        return cls.of(AutoConfig.for_model(**shape), shape)
 
     @classmethod
-    def of(cls, config: transformers.PretrainedConfig) -> ModelFacts:
-        """Of a config. Raises `ConfigError` if it lacks what every decoder has."""
+    def of(cls, whole: transformers.PretrainedConfig, given: dict[str, Any] | None = None) -> ModelFacts:
+        """Of a config, and its fields in config.json (see `text_part`).
+
+        Raises:
+            ConfigError: if it lacks what every decoder has.
+        """
+        config = text_part(whole, given or {})
         try:
             text = config.get_text_config()
             layers, hidden, vocabulary = text.num_hidden_layers, text.hidden_size, text.vocab_size
@@ -113,6 +137,7 @@ class ModelFacts:
         plan = getattr(text, "base_model_tp_plan", None) or {}
         return cls(
             config=config,
+            part_of=whole.model_type if config is not whole else "",
             layers=layers,
             hidden=hidden,
             heads=heads,

@@ -86,7 +86,8 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     special = ", equal to one process on a small model" * (config.tp_size > 1)
     special += ", loss computed from the logits" * needs.own_loss
     special += f", gradients of {len(needs.summed)} whole weights summed over the ranks" * bool(needs.summed)
-    return f"{name}: {model.config.model_type}, {model.parameters:,} parameters, {weights}", (
+    kind = model.config.model_type + (f", the text model of {model.part_of} alone" if model.part_of else "")
+    return f"{name}: {kind}, {model.parameters:,} parameters, {weights}", (
         f"{shards} × {replicas}, ZeRO stage {config.zero_stage}{special}"
     )
 

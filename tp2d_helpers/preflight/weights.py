@@ -7,6 +7,7 @@ files go through transformers' own mapping, onto a model without storage, and wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.files import is_lfs_pointer
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.sharding import meta_model
+from tp2d_helpers.model.text_part import KEY_MAPPING
 
 NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # in transformers' order
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,12 +59,16 @@ def check_weights(model_name: str, model: ModelFacts) -> str:
         weights = {name: weight for path, names in files.items() for name, weight in _read(path, names).items()}
         weights = weights or _read_from_hub(model_name)
         unused = _compare(model, weights) if weights else set()
+        if weights and model.tied:
+            _check_tied(files, weights)
     except ConfigError as error:
         raise ConfigError(f"model_name = {model_name!r}: {error}") from error.__cause__
     if not weights:
         return "weights to be downloaded, not looked at"
     number, widths = len({weight.file for weight in weights.values()}), sorted({w.dtype for w in weights.values()})
     found = f"weights in {number} file{'s' * (number > 1)}{'' if files else ' of the hub'}, {', '.join(widths)}"
+    if model.part_of:  # of the towers of images and sound, the names alone
+        unused = {name.removeprefix("model.").partition(".")[0] for name in unused}
     return found + (f"; not used: {_some(unused)}" if unused else "")
 
 
@@ -130,18 +136,25 @@ def _read_pickle(path: Path) -> dict[str, Weight]:
     return {n: Weight(path.name, names.get(w.dtype, str(w.dtype)), list(w.shape)) for n, w in found.items()}
 
 
-def _load(target: torch.nn.Module, weights: dict[str, Weight]) -> LoadStateDictInfo:
-    """Load weights without contents into a model without storage, as `from_pretrained` would, and say what is amiss."""
+def _load(
+    target: torch.nn.Module, weights: dict[str, Weight], names: dict[str, str] | None
+) -> tuple[LoadStateDictInfo, set[str]]:
+    """Load weights without contents into a model without storage, as `from_pretrained` would.
+
+    Returns:
+        (what is amiss, all that isn't used, what the class doesn't count included)
+    """
     contents = {name: torch.empty(w.shape, dtype=DTYPES[w.dtype], device="meta") for name, w in weights.items()}
-    mapping, meta = get_model_conversion_mapping(target), {"": torch.device("meta")}
+    mapping, meta = get_model_conversion_mapping(target, names), {"": torch.device("meta")}
     how = LoadStateDictConfig(device_map=meta, dtype=torch.float32, weight_mapping=mapping)
     with _without_progress():
         found, _ = convert_and_load_state_dict_in_model(target, contents, how)
+        unused = set(found.unexpected_keys)
         # Tied weights need be there once, and each class has names that don't count.
         target.mark_tied_weights_as_initialized(found)
         target.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         target._adjust_missing_and_unexpected_keys(found)
-    return found
+    return found, unused
 
 
 def _read_from_hub(model_name: str) -> dict[str, Weight]:
@@ -155,9 +168,9 @@ def _read_from_hub(model_name: str) -> dict[str, Weight]:
 
 
 def _compare(model: ModelFacts, weights: dict[str, Weight]) -> set[str]:
-    """Refuse weights that would not all be loaded. Returns those that the model has no use for."""
+    """Refuse weights that would not all be loaded. Returns those that the model has no use for: of a part, all."""
     target, floats = meta_model(model.config), {n: weight for n, weight in weights.items() if weight.dtype in DTYPES}
-    found = _load(target, floats)
+    found, unused = _load(target, floats, KEY_MAPPING if model.part_of else None)
     files = sorted({weight.file for weight in weights.values()})
     where = files[0] if len(files) == 1 else f"each of {len(files)} files"
     if wrong := [f"{name} {list(there)}, not {list(here)}" for name, there, here in found.mismatched_keys]:
@@ -173,7 +186,26 @@ def _compare(model: ModelFacts, weights: dict[str, Weight]) -> set[str]:
         )
     if more := {name for name in found.unexpected_keys if _belongs(name, target)}:
         raise ConfigError(f"its config leaves out weights that are in {where}: {_some(more)}")
-    return found.unexpected_keys
+    return unused if model.part_of else found.unexpected_keys
+
+
+def _check_tied(files: Iterable[Path], weights: dict[str, Weight]) -> None:
+    """Refuse a head that is not the embedding, where the config says that it is.
+
+    `from_pretrained` would keep both, and an export by the config would have the embedding alone.
+    """
+    named = {functools.reduce(lambda n, way: re.sub(*way, n), KEY_MAPPING.items(), name): name for name in weights}
+    pair = [named[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in named]
+    paths = [path for name in pair for path in files if path.name == weights[name].file]
+    if len(paths) < 2 or paths[0].suffix != ".safetensors":
+        return
+    with safe_open(paths[0], framework="pt") as one, safe_open(paths[1], framework="pt") as other:
+        same = torch.equal(one.get_tensor(pair[0]), other.get_tensor(pair[1]))
+    if not same:
+        raise ConfigError(
+            f"its config says that {pair[1]} is {pair[0]} (tie_word_embeddings), and {paths[1].name} has another one: "
+            "set tie_word_embeddings to false in config.json"
+        )
 
 
 def _wrapper(names: Iterable[str], model: torch.nn.Module) -> str:
