@@ -1,9 +1,9 @@
 """Is a divided model the same function as the whole one? Computed on the driver, before a GPU is taken.
 
-The ranks of a TP group run as threads on the CPU, by the code that the workers run: this package's division and AutoTP's
-layers, on a small model of the same class with random weights. Its loss, and the gradient of every weight on every rank,
-must be those of one process. So a model type that nobody has tried is not taken on trust, nor is one whose code comes
-with it.
+The ranks of a TP group run as threads on the CPU, by the code that the workers run: this package's division and
+AutoTP's layers, on a small model of the same class with random weights. Its loss, and the gradient of every weight on
+every rank, must be those of one process. So a model type that nobody has tried is not taken on trust, nor is one whose
+code comes with it.
 """
 
 from __future__ import annotations
