@@ -85,7 +85,7 @@ def _drop_hook(kind: str, names: dict[str, Any]) -> None:
     def without(*args: Any, **kwargs: Any) -> Any:
         built = setup(*args, **kwargs)
         for module in built[0].module.modules():
-            if isinstance(module, Adapter) and module.cut == "AB".index(kind):
+            if isinstance(module, Adapter) and module.cut and module.row is (kind == "B"):
                 getattr(module, kind)._backward_hooks.clear()
         built[0].whole_weights.weights = {}  # which would stop the run
         return built

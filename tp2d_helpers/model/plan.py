@@ -166,8 +166,8 @@ class _Planner:
         plan = {**(getattr(config, "base_model_tp_plan", None) or {}), **PLANS.get(self.text.model_type, {})}
         if not plan:
             raise ConfigError(
-                f"{self.kind}its class has no tp_plan, and there is none for it here ({', '.join(sorted(PLANS))}). "
-                "Take tp_size 1"
+                f"{self.kind}its class has no tp_plan, and there is none for it here (there are for "
+                f"{', '.join(sorted(PLANS))}). Take tp_size 1"
             )
         for name, style in plan.items():
             last = name.rpartition(".")[2]
@@ -253,7 +253,7 @@ class _Planner:
         """Each expert's MLP by columns and rows, in tensors [experts, out, in], or [experts, in, out]."""
         turned = getattr(module, "is_transposed", False)
         if others := [n for n, p in module.named_parameters(recurse=False) if p.ndim != 3]:
-            raise ConfigError(f"{self.kind}{name}.{others[0]} is among its experts, and there is no rule for it")
+            raise ConfigError(f"{self.kind}{name}.{others[0]} is among its experts: no rule. Take tp_size 1")
         for own, weight in module.named_parameters(recurse=False):
             dim = (1 if turned else 2) if own == "down_proj" else 2 if turned else 1
             size = weight.shape[dim]

@@ -142,7 +142,8 @@ def _divided(whole: torch.nn.Module, plan: Plan, rank: Rank, needs: Rehearsal) -
 
 def _loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
     """The mean cross-entropy of the next token, after a backward pass."""
-    logits = model(input_ids=ids, use_cache=False)
+    model.config.use_cache = False
+    logits = model(input_ids=ids)
     logits = logits[0] if isinstance(logits, tuple) else logits.logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
