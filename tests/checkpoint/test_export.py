@@ -27,7 +27,9 @@ from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import merge
 from tp2d_helpers.config import make_config
-from tp2d_helpers.model.sharding import meta_model, planned_shapes
+from tp2d_helpers.model.cuts import Cut
+from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.sharding import meta_model
 
 Train = Callable[..., Run]
 RUNS = [("qwen2-tied", 0, 2, 2), ("qwen2-untied", 1, 2, 2), ("qwen3", 1, 4, 1), ("mistral", 1, 2, 1),
@@ -152,8 +154,10 @@ def test_bf16(tiny_model: Callable, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     masters = [fp32_masters(checkpoint_tag(checkpoint), tp_rank, dp_size=2) for tp_rank in range(2)]
+    cuts = Plan.of(model, 2).cuts
     for name, weight in model.named_parameters():
-        master = merge(name, [shards[name] for shards in masters], weight.shape, torch.float32)
+        shards = [shards[name] for shards in masters][: 2 if name in cuts else 1]
+        master = merge(name, shards, weight.shape, torch.float32, cuts.get(name))
         assert torch.equal(weight, master.bfloat16()), name
         assert not torch.equal(weight.float(), master), f"{name}: the master was no more exact"
     with torch.no_grad():
@@ -181,7 +185,8 @@ def fabricate(folder: Path, model: Path, zero_stage: int, tp_size: int, dp_size:
     """
     tag = folder / "step_00000001"
     tag.mkdir(parents=True)
-    shapes = planned_shapes(meta_model(AutoConfig.from_pretrained(model)), tp_size)
+    whole = meta_model(AutoConfig.from_pretrained(model))
+    shapes = Plan.of(whole, tp_size).shapes(whole)
     common = dict(param_shapes=[shapes], dp_world_size=dp_size, mp_world_size=tp_size, ds_config={})
     for tp_rank in range(tp_size):
         weights = fabricated(shapes, tp_rank)
@@ -250,9 +255,11 @@ def test_memory(deep_model: Path, tmp_path: Path, zero_stage: int, dp_size: int)
     print(f"peak {peak / 1e6:.1f} MB, largest weight {max(sizes) / 1e6:.1f} MB, model {sum(sizes) / 1e6:.1f} MB")
     assert process.exitcode == 0 and peak < 6 * max(sizes)
     exported = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")
-    shards = [fabricated(planned_shapes(whole, tp_size=2), tp_rank) for tp_rank in range(2)]
+    plan = Plan.of(whole, 2)
+    shards = [fabricated(plan.shapes(whole), tp_rank) for tp_rank in range(2)]
     for name, parameter in whole.named_parameters():
-        merged = merge(name, [shard[name] for shard in shards], parameter.shape, torch.float32)
+        cut = plan.cuts.get(name)
+        merged = merge(name, [one[name] for one in shards[: 2 if cut else 1]], parameter.shape, torch.float32, cut)
         assert torch.equal(exported[name], merged), name
 
 
@@ -269,15 +276,15 @@ def test_several_files(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_shards_that_do_not_fit() -> None:
-    whole = torch.Size([4, 6])
-    assert merge("w", [torch.zeros(4, 3)] * 2, whole, torch.float32).shape == whole
+    whole, cut = torch.Size([4, 6]), Cut.even(1, 6, 2)
+    assert merge("w", [torch.zeros(4, 3)] * 2, whole, torch.float32, cut).shape == whole
     for wrong in ([4, 2], [4, 6, 1], [4], [2, 3], [3, 6]):
         with pytest.raises(
             ValueError, match=f"w: shards {[wrong, wrong]} don't make {list(whole)}".replace("[", r"\[")
         ):
-            merge("w", [torch.zeros(wrong)] * 2, whole, torch.float32)
+            merge("w", [torch.zeros(wrong)] * 2, whole, torch.float32, cut)
     with pytest.raises(ValueError, match="don't make"):
-        merge("w", [torch.zeros(4, 3), torch.zeros(4, 2)], whole, torch.float32)
+        merge("w", [torch.zeros(4, 3), torch.zeros(4, 2)], whole, torch.float32, cut)
 
 
 # What goes wrong.
