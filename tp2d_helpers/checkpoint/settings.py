@@ -21,7 +21,7 @@ IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text
             "packing", "seq_length", "seed", "eval_samples", "eval_dataset_name", "precision",
             "master_weights", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
-RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
+RESIZABLE = (1, 2, 3)  # ZeRO stages
 
 
 def record_run(config: Config, data: dict[str, Any] | None = None, chats: bool = False) -> None:
