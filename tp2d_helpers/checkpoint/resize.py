@@ -32,8 +32,8 @@ from tp2d_helpers.checkpoint.shards import SAFE
 from tp2d_helpers.config import make_config
 
 UNIVERSAL = "universal"
-LIST = "contents.json"  # in it; an earlier version's, which loads at its own ZeRO stage only, has another name
-STAGE_3 = "zero_pp_rank_0_"  # in front of the names of stage 3's files, of DP rank 0
+LIST = "contents.json"  # in it; `files.json` was that of a form which loads at the ZeRO stage it is of only
+STAGE_3 = "zero_pp_rank_0_"  # what stage 3 puts in front of the names of DP rank 0's files
 
 
 def fit_to_world(config: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -139,10 +139,11 @@ def convert(checkpoint: Path, workers: int = 1) -> Path:
 
 
 def _complete(scratch: Path, workers: int) -> None:
-    """Make one form of the two that DeepSpeed's converter writes, for ZeRO stages 1 and 2 and for 3: each loads both.
+    """Make one form of the two that DeepSpeed's converter writes, one for ZeRO stage 3 and one for stages 1 and 2.
 
-    Stage 3 has the step with the optimizer's states, of which it leaves those of rank 0, and the other stages with each
-    weight. And what was at stage 3 and tp_size 1 is flat: no other tp_size could tell what to cut.
+    They differ in file names and in the place of AdamW's step: with each weight, or with the optimizer's states (where
+    stage 3 also leaves those of rank 0). And what was saved at stage 3 and tp_size 1 is flat, so that it could not be
+    cut for another tp_size.
     """
     for path in scratch.glob("*_model_states.pt"):
         model = torch.load(path)
