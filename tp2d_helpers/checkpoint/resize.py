@@ -168,7 +168,7 @@ def _complete(scratch: Path, workers: int) -> None:
         torch.save(step, zero / name / "step.pt")
         for path in (zero / name / f"{state}.pt" for state in ("fp32", "exp_avg", "exp_avg_sq")):
             if torch.is_tensor(value := torch.load(path)):
-                torch.save({constants.PARAM: value.view(shape).clone()}, path)
+                torch.save({constants.PARAM: value.view(shape).clone()}, path)  # it was the file, as mapped memory
 
     if base:
         with ThreadPoolExecutor(workers) as pool:
