@@ -191,6 +191,23 @@ def deepspeed_universal() -> None:
     }  # fmt: skip
 
 
+@interface("load_hp_checkpoint_state_from_checkpoint_dir_stage3")
+def deepspeed_universal_stage_3() -> None:
+    from deepspeed.checkpoint import constants, ds_to_universal
+    from deepspeed.runtime import base_optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    has(constants, "PARAM", "PARAM_GROUPS", "PARAM_SHAPES", "OPTIMIZER_STATE_DICT", "FP32_FLAT_GROUPS", "DS_VERSION")
+    loading = inspect.getsource(Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3)
+    assert "optim_sd[OPTIMIZER_STATE_DICT]['state'][0]['step']" in loading  # one tensor for all groups
+    assert 'optim_sd[OPTIMIZER_STATE_DICT]["param_groups"][0]' in loading
+    assert "loaded_checkpoint_state = ckpt_dict[PARAM]" in inspect.getsource(Stage3.load_hp_checkpoint_state)
+    assert "optim_sd['param_groups']" in inspect.getsource(base_optimizer)
+    assert "sd.get(DS_VERSION, False)" in inspect.getsource(DeepSpeedZeroOptimizer._load_global_state)
+    assert "_save_checkpoint(final_path, slices[0])" in inspect.getsource(ds_to_universal.merge_zero3_slices)
+
+
 @interface("_ds_grad_allreduce_registered")
 def deepspeed_gradient_hooks() -> None:
     from deepspeed.module_inject.auto_tp import AutoTP

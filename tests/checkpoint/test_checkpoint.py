@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid import Run, final_weights, run_grid
+from grid import Run, assert_equal_runs, final_weights, run_grid
 from ray.train import CheckpointConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
@@ -89,6 +89,7 @@ def test_resume_in_mid_epoch(
 # Another grid
 
 CHAIN = [(2, 2), (4, 1), (1, 2), (2, 1), (1, 1), (2, 2)]  # an epoch of 3 steps at each
+CHAIN_AT_0 = [(2, 2), (2, 1), (2, 2)]  # at ZeRO stage 0 tp_size must stay
 
 
 @pytest.mark.parametrize(
@@ -97,30 +98,40 @@ CHAIN = [(2, 2), (4, 1), (1, 2), (2, 1), (1, 1), (2, 2)]  # an epoch of 3 steps 
         ("qwen2-tied", (1,), "fp32"),
         ("qwen2-untied", (2,), "fp32"),
         ("llama", (1, 2), "fp32"),
+        ("qwen2-untied", (3,), "fp32"),
+        ("qwen3", (3, 1), "fp32"),
+        ("mistral", (0,), "fp32"),
+        ("qwen2-tied", (0,), "bf16"),
         ("qwen3", (2,), "bf16"),
         ("qwen2-tied", (1,), "bf16"),
         pytest.param("qwen3", (2,), "fp32", marks=pytest.mark.slow),
         pytest.param("qwen2-untied", (1,), "bf16", marks=pytest.mark.slow),
         pytest.param("llama", (1,), "bf16", marks=pytest.mark.slow),
         pytest.param("qwen2-tied", (1,), "fp16", marks=pytest.mark.slow),
+        pytest.param("qwen2-tied", (3, 2), "bf16", marks=pytest.mark.slow),
+        pytest.param("llama", (3,), "fp16", marks=pytest.mark.slow),
+        pytest.param("llama", (0,), "fp16", marks=pytest.mark.slow),
     ],
 )
 def test_resume_at_another_grid(train: Train, tmp_path: Path, model: str, stages: tuple, precision: str) -> None:
     """One run that changes its grid after each epoch, and back; with several stages, its ZeRO stage too."""
-    life = dict(num_epochs=len(CHAIN), debug_steps=3, eval_samples=5, precision=precision)
+    chain = CHAIN if any(stages) else CHAIN_AT_0
+    life = dict(num_epochs=len(chain), debug_steps=3, eval_samples=5, precision=precision)
     whole = train(model, **life, tp_size=2, dp_size=2, zero_stage=stages[0])
     config = Config(**whole.config).change(storage_path=str(tmp_path), batch_size_per_gpu=1)
-    for epoch, (tp_size, dp_size) in enumerate(CHAIN):
+    for epoch, (tp_size, dp_size) in enumerate(chain):
         config = config.change(
             num_epochs=epoch + 1, tp_size=tp_size, dp_size=dp_size, gradient_accumulation_steps=4 // dp_size,
             zero_stage=stages[epoch % len(stages)],
         )  # fmt: skip
-        if epoch:
+        if epoch and any(stages):
             newest, _ = newest_checkpoint(config.run_dir)
             convert(newest)
-        run_grid(config.model_dump())
+        weights, *same = run_grid(config.model_dump(), after=final_weights)[0]
     records = read_metrics(config.run_dir / "metrics.jsonl")
-    assert [record["step"] for record in records] == list(range(1, 3 * len(CHAIN) + 1))
+    assert [record["step"] for record in records] == list(range(1, 3 * len(chain) + 1))
+    if precision == "fp32":
+        assert_equal_runs(Run(config.model_dump(), records, weights, *same), whole)
     tolerance = 1e-5 if precision == "fp32" else 1e-3
     for record, expected in zip(records, whole.records, strict=True):
         for name in ("loss", "eval_loss", "learning_rate", "tokens"):

@@ -638,7 +638,6 @@ def test_the_same_run_continues(tmp_path: Path) -> None:
     (dict(eval_dataset_name="org/set"), "eval_dataset_name = 'org/set': eval_samples is 0; set it, say to 16"),
     (dict(eval_dataset_name="demo", eval_samples=2), "eval_dataset_name = 'demo': must be another dataset than the"),
     (dict(min_dp_size=2), "min_dp_size = 2: must not be above dp_size, which is 1"),
-    (dict(min_dp_size=1, zero_stage=3), "min_dp_size = 1: needs zero_stage 1 or 2, and it is 3"),
     (dict(eval_samples=10**6), "eval_samples = 1000000: held-out samples must come from documents that training"),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(refused: Callable[..., None], settings: dict, message: str) -> None:

@@ -218,7 +218,6 @@ def test_dp_sizes_that_keep_the_global_batch() -> None:
     config = make_config(dp_size=8, min_dp_size=2, batch_size_per_gpu=2, gradient_accumulation_steps=3)
     assert possible_dp_sizes(config) == [2, 3, 4, 6, 8]
     assert possible_dp_sizes(config.change(min_dp_size=0)) == [8]
-    assert possible_dp_sizes(config.change(zero_stage=3)) == [8]
 
 
 def test_the_size_to_start_with() -> None:

@@ -16,11 +16,12 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint import constants, ds_to_universal
 from torch.utils.serialization import config as serialization
 
 from tp2d_helpers import heartbeat
@@ -31,7 +32,8 @@ from tp2d_helpers.checkpoint.shards import SAFE
 from tp2d_helpers.config import make_config
 
 UNIVERSAL = "universal"
-LIST = "files.json"  # in it
+LIST = "contents.json"  # in it; `files.json` was that of a form which loads at the ZeRO stage it is of only
+STAGE_3 = "zero_pp_rank_0_"  # what stage 3 puts in front of the names of DP rank 0's files
 
 
 def fit_to_world(config: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -122,6 +124,7 @@ def convert(checkpoint: Path, workers: int = 1) -> Path:
     )  # fmt: skip
     with safe_loading(), serialization.patch(**{"load.mmap": True}), contextlib.redirect_stdout(sys.stderr):
         ds_to_universal.main(arguments)
+        _complete(scratch, workers)
     (checkpoint / "latest_universal").unlink(missing_ok=True)  # names the scratch folder
     files = [path for path in scratch.rglob("*") if path.is_file()]
     for path in files:
@@ -133,6 +136,44 @@ def convert(checkpoint: Path, workers: int = 1) -> Path:
     scratch.rename(universal)
     flush_folder(checkpoint)
     return universal
+
+
+def _complete(scratch: Path, workers: int) -> None:
+    """Make one form of the two that DeepSpeed's converter writes, one for ZeRO stage 3 and one for stages 1 and 2.
+
+    They differ in file names and in the place of AdamW's step: with each weight, or with the optimizer's states (where
+    stage 3 also leaves those of rank 0). And what was saved at stage 3 and tp_size 1 is flat, so that it could not be
+    cut for another tp_size.
+    """
+    for path in scratch.glob("*_model_states.pt"):
+        model = torch.load(path)
+        path.unlink()
+        name = path.name.removeprefix(STAGE_3)
+        if name.startswith("mp_rank_"):  # not of other DP ranks, which have the same
+            model["module"] = {}  # the weights are loaded from the folder `zero`
+            for prefix in ("", STAGE_3):
+                torch.save(model, scratch / f"{prefix}{name}")
+            shapes = model[constants.PARAM_SHAPES]
+    zero = scratch / "zero"
+    optimizer = torch.load(zero / "optimizer_state.pt", mmap=False)
+    optimizer.pop(constants.FP32_FLAT_GROUPS, None)
+    base = optimizer.get(constants.OPTIMIZER_STATE_DICT)
+    step = base["state"][0]["step"] if base else torch.load(next(zero.rglob("step.pt")))
+    common = {"state": {0: {"step": step}}, constants.PARAM_GROUPS: optimizer[constants.PARAM_GROUPS]}
+    optimizer |= {constants.OPTIMIZER_STATE_DICT: common, constants.DS_VERSION: model[constants.DS_VERSION]}
+    torch.save(optimizer, zero / "optimizer_state.pt")
+
+    def complete(name: str, shape: torch.Size) -> None:
+        """Give a weight of stage 3 its shape and step."""
+        torch.save(step, zero / name / "step.pt")
+        for path in (zero / name / f"{state}.pt" for state in ("fp32", "exp_avg", "exp_avg_sq")):
+            if torch.is_tensor(value := torch.load(path)):
+                torch.save({constants.PARAM: value.view(shape).clone()}, path)  # it was the file, as mapped memory
+
+    if base:
+        with ThreadPoolExecutor(workers) as pool:
+            for group in shapes:
+                list(pool.map(complete, group.keys(), group.values()))
 
 
 def _made_of(checkpoint: Path) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def without_padding(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
     Norms and biases are so few that some of several hundred replicas have none.
     """
-    if not engine.load_universal_checkpoint() or engine.optimizer.params_in_partition[-1]:
+    partitions = getattr(engine.optimizer, "params_in_partition", [True])  # stage 3 divides each weight
+    if not engine.load_universal_checkpoint() or partitions[-1]:
         yield
         return
     groups = engine.optimizer.param_groups
@@ -52,10 +53,16 @@ def without_padding(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def settle_on_new_grid(engine: deepspeed.DeepSpeedEngine, step: int, seed: int, scaler: dict[str, Any] | None) -> None:
-    """Add what a universal checkpoint leaves out: the place of AdamW's step counters, random states, the loss scale."""
-    for parameter, values in engine.optimizer.optimizer.state.items():
-        values["step"] = values["step"].to(parameter.device)  # the fused kernel wants it there
+    """Begin new random states; add what a universal checkpoint leaves out: the place of AdamW's steps, the loss scale.
+
+    Stage 0 loads its own form, which has these two.
+    """
     transformers.set_seed((seed + 1 + engine.random_stream + 1_000_003 * step) % 2**32)
+    if not engine.zero_optimization():
+        return
+    for parameter, values in engine.optimizer.optimizer.state.items():
+        # The fused kernel wants it there. A copy: at stage 3 all groups have one tensor, which each would count up.
+        values["step"] = values["step"].to(parameter.device, copy=True)
     if scaler:
         vars(engine.optimizer.loss_scaler).update(scaler)
 

@@ -74,7 +74,7 @@ def save_checkpoint(
     writer.disk.wait()
     folder = _new_folder(Path(run_dir), step)
     writer.begin(folder, copy=background)
-    # Universal checkpoints lack it; those of stage 0, which has none, load on their own grid only.
+    # Universal checkpoints lack it; stage 0 has none, and keeps its scale with the optimizer's states.
     scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
     state = {**dataclasses.asdict(progress), "loss_scaler": scaler and vars(scaler)}
     tag = f"step_{step:08d}"
@@ -115,8 +115,9 @@ def load_checkpoint(
 ) -> Progress:
     """Load the run's newest complete checkpoint into the engine; say where the run goes on. Collective.
 
-    A checkpoint of another grid is converted first, once, by rank 0. What the optimizer was set to stays: the learning
-    rate, weight decay, betas, clipping. For the schedule of the learning rate see `schedule_learning_rate`.
+    A checkpoint of another grid is converted first, once, by rank 0; one of ZeRO stage 0, which knows no dp_size, loads
+    as it is. What the optimizer was set to stays: the learning rate, weight decay, betas, clipping. For the schedule of
+    the learning rate see `schedule_learning_rate`.
 
     Args:
         seed: of the run; on another grid than before, dropout starts anew from it and the step.
@@ -130,7 +131,7 @@ def load_checkpoint(
         ConfigError: if another run wrote it, and `trusted` is False; or if a rank has other data than the run.
         RuntimeError: if the checkpoint is there but can't be loaded.
     """
-    folder, tag = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
+    folder, tag, moved = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
     if loader:
         _check_data(loader, Path(run_dir))
     if folder is None:
@@ -147,7 +148,7 @@ def load_checkpoint(
     if path is None:
         raise RuntimeError(f"{folder} holds no DeepSpeed checkpoint that this grid of ranks can load")
     progress = Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
-    if tag == UNIVERSAL:
+    if moved:
         settle_on_new_grid(engine, progress.step, seed, state["loss_scaler"])
     else:
         set_random_states(torch.load(folder / f"random_{dist.get_rank()}.pt", weights_only=True))
@@ -168,15 +169,15 @@ def _check_data(loader: DataLoader, run_dir: Path) -> None:
             )
 
 
-def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str]:
-    """The checkpoint to load and the tag in it; on rank 0 only."""
+def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str, bool]:
+    """The checkpoint to load, the tag in it, and whether it is of another grid; on rank 0 only."""
     for line in run_folder.remove_unfinished(run_dir):
         print(f"removed: {line}", flush=True)
     folder, skipped = run_folder.newest_checkpoint(run_dir)
     for line in skipped:
         print(f"not used: {line}", flush=True)
     if folder is None:
-        return None, ""
+        return None, "", False
     run_folder.check_origin(folder, trusted)
     manifest, now = run_folder.read_manifest(folder), _precision(engine)
     if manifest["precision"] != now:
@@ -184,8 +185,10 @@ def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> 
             f"precision: {folder} was trained in {manifest['precision']}, and this run computes in {now}; set "
             f"precision to {manifest['precision']!r}, or take another experiment_name"
         )
-    same = all(manifest[name] == value for name, value in _grid(engine).items())
-    return folder, f"step_{manifest['step']:08d}" if same else universal_checkpoint(folder)
+    differing = [name for name, value in _grid(engine).items() if manifest[name] != value]
+    convert = differing and (differing != ["dp_size"] or engine.zero_optimization())
+    tag = universal_checkpoint(folder) if convert else f"step_{manifest['step']:08d}"
+    return folder, tag, bool(differing)
 
 
 def _on_rank_0(function: Any) -> Any:

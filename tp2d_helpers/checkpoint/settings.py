@@ -16,12 +16,12 @@ from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, 
 from tp2d_helpers.config import Config, ConfigError, make_config
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
-# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
+# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays; at
+# stage 0, dp_size and the micro-batch alone.
 IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
             "packing", "seq_length", "seed", "eval_samples", "eval_dataset_name", "precision",
             "master_weights", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
-RESIZABLE = (1, 2)  # ZeRO stages; at stage 3, DeepSpeed 0.19.8 fails to load what was saved with tp_size 1
 
 
 def record_run(config: Config, data: dict[str, Any] | None = None, chats: bool = False) -> None:
@@ -89,10 +89,11 @@ def continue_run(config: Config) -> Config:
         return config
     then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
     stages = {then.zero_stage, config.zero_stage}
-    if any(found[name] != now[name] for name in GRID) and not stages <= set(RESIZABLE):
+    if 0 in stages and (len(stages) > 1 or then.tp_size != config.tp_size):
         raise ConfigError(
-            f"zero_stage = {config.zero_stage}: the run was made with stage {then.zero_stage} on {then.tp_size} × "
-            f"{then.dp_size}; to go on at another grid or stage, both must be 1 or 2"
+            f"zero_stage = {config.zero_stage}, tp_size = {config.tp_size}: the run was made with zero_stage "
+            f"{then.zero_stage}, tp_size {then.tp_size}; to and from stage 0 both must stay (dp_size may change), as "
+            "DeepSpeed can't convert its checkpoints"
         )
     return fit_global_batch(config, then.global_batch_size)
 

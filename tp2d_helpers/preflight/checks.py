@@ -11,7 +11,6 @@ import importlib.metadata
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
 
-from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
@@ -51,8 +50,6 @@ def check_resilience(config: Config) -> None:
         raise ConfigError("sample_prompts: they are continued at each evaluation; set eval_samples, say to 16")
     if config.min_dp_size > config.dp_size:
         raise ConfigError(f"min_dp_size = {config.min_dp_size}: must not be above dp_size, which is {config.dp_size}")
-    if config.min_dp_size and config.zero_stage not in RESIZABLE:
-        raise ConfigError(f"min_dp_size = {config.min_dp_size}: needs zero_stage 1 or 2, and it is {config.zero_stage}")
 
 
 def check_versions() -> str:

@@ -18,7 +18,6 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 
-from tp2d_helpers.checkpoint.settings import RESIZABLE
 from tp2d_helpers.config import Config, make_config
 
 
@@ -90,9 +89,9 @@ class PreemptionNotice:
 def possible_dp_sizes(config: Config) -> list[int]:
     """The numbers of replicas, from min_dp_size to dp_size, that can share out the global batch, in rising order.
 
-    Only dp_size itself, if min_dp_size is 0 or checkpoints of the ZeRO stage load on their own grid only.
+    Only dp_size itself, if min_dp_size is 0.
     """
-    fewest = config.min_dp_size if config.min_dp_size and config.zero_stage in RESIZABLE else config.dp_size
+    fewest = config.min_dp_size or config.dp_size
     shares = {n: config.batch_size_per_gpu * n for n in range(fewest, config.dp_size + 1)}
     return [n for n, share in shares.items() if config.global_batch_size % share == 0]
 
