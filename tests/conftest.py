@@ -69,7 +69,7 @@ def family() -> Callable[..., Path]:
 
     def folder(model_type: str, **shape: Any) -> Path:
         """Built on first use."""
-        place = cache_dir() / "-".join([model_type, *(f"{name}={value}" for name, value in shape.items())])
+        place = cache_dir() / "-".join(["family", model_type, *(f"{name}={value}" for name, value in shape.items())])
         return build_once(place, lambda scratch: build(scratch, dict(model_type=model_type, **shape)))
 
     return folder
