@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 from deepspeed.module_inject.layers import (
     DS_TENSOR_MODEL_PARALLEL,
     LinearAllreduce,
@@ -109,6 +110,8 @@ def _replace(model: torch.nn.Module, name: str, plan: Plan, group: dist.ProcessG
         layer = LinearAllreduce(old, None, name=name)
     layer.mp_group, layer.is_tp_parallel = group, True
     layer.tp_world_size, layer.tp_index = plan.tp_size, rank
+    if layer.bias is not None and not kinds["bias"]:
+        delattr(layer.bias, DS_AUTOTP_UC_META)  # of a layer without a group: that one rank has it
     described = [(layer.get_parameter(kind), cut, wholes[kind], rank) for kind, cut in kinds.items() if cut]
     layer._mark_uc_metadata = partial(_mark_all, described)  # DeepSpeed calls it once more
     layer._mark_uc_metadata()
