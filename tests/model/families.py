@@ -16,7 +16,7 @@ TYPES: dict[str, dict[str, Any]] = {
                          linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8),
     "llama": {},
     "mistral": dict(sliding_window=32),
-    "ministral3": {},
+    "ministral3": dict(intermediate_size=177, vocab_size=2049),  # which 2 and 4 do not divide
     "gemma": dict(head_dim=16),
     "gemma2": dict(head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
                    **WINDOW),

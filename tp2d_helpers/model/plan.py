@@ -192,20 +192,21 @@ class _Planner:
     def _linear(self, name: str, module: torch.nn.Module, style: str) -> None:
         parent, turned = name.rpartition(".")[0], isinstance(module, Conv1D)
         self.plan.styles[name] = COLUMN if style == PARTS else style
+        attention = style != GATHERED and self._head_dim(parent) is not None
         if style == ROW:
             dim = 0 if turned else 1
-            self._add(f"{name}.weight", dim, [(module.weight.shape[dim], 1)], turned)
+            self._add(f"{name}.weight", dim, [(module.weight.shape[dim], 1)], turned, not attention)
         else:
             dim = 1 if turned else 0
             parts = self._parts(name, module.weight.shape[dim], style)
-            self._add(f"{name}.weight", dim, parts, turned)
+            self._add(f"{name}.weight", dim, parts, turned, not attention)
             if module.bias is not None:
-                self._add(f"{name}.bias", 0, parts)
-        attention = style != GATHERED and self._head_dim(parent) is not None
+                self._add(f"{name}.bias", 0, parts, uneven=not attention)
         if attention:
             self.plan.attention[parent] = self.heads // self.tp_size, max(1, self.kv_heads // self.tp_size)
-        uneven = attention and self.kv_heads % self.tp_size  # where AutoTP would leave ranks without heads
-        if turned or uneven or not self.plan.cuts[f"{name}.weight"].plain:
+        cut = self.plan.cuts[f"{name}.weight"]
+        fewer = attention and self.kv_heads % self.tp_size  # where AutoTP would leave ranks without heads
+        if turned or fewer or not cut.plain or cut.width(0) != cut.width(self.tp_size - 1):
             self.plan.own.add(name)
 
     def _head_dim(self, name: str) -> int | None:
@@ -231,21 +232,30 @@ class _Planner:
             return [(self.heads * head, head), (self.kv_heads * head, head), (self.kv_heads * head, head)]
         return [(size, head if head and size % head == 0 else 1)]
 
-    def _add(self, name: str, dim: int, parts: list[tuple[int, int]], turned: bool = False) -> None:
+    def _add(
+        self, name: str, dim: int, parts: list[tuple[int, int]], turned: bool = False, uneven: bool = False
+    ) -> None:
+        """Cut each of a weight's parts, given as (size, unit that must not be cut).
+
+        Args:
+            uneven: of what can't be divided, the first ranks may get one more.
+        """
         ranges: list[list[tuple[int, int]]] = [[] for _ in range(self.tp_size)]
         begin = 0
         for size, unit in parts:
             number = size // unit
             shared = number == self.kv_heads and not self.tp_size % number and not name.endswith(WHOLE_GROUPS)
-            if number % self.tp_size and not shared:
+            if number % self.tp_size and not shared and not uneven:
                 raise ConfigError(
                     f"tp_size = {self.tp_size}: does not divide {name} {list(self.model.get_parameter(name).shape)} in "
                     f"dimension {dim}" + f", where it has {number} heads or groups of {unit}" * (unit > 1)
                 )
-            for rank in range(self.tp_size):
-                first = rank * number // self.tp_size
-                last = max((rank + 1) * number // self.tp_size, first + 1)
-                ranges[rank].append((begin + first * unit, begin + last * unit))
+            # Key-value heads that are fewer than ranks are shared by ranks that follow one another.
+            copies = self.tp_size // number if shared and number % self.tp_size else 1
+            cut = Cut.even(0, number, self.tp_size // copies).ranges
+            for rank, found in enumerate(ranges):
+                ((first, last),) = cut[rank // copies]
+                found.append((begin + first * unit, begin + last * unit))
             begin += size
         self.plan.cuts[name] = Cut(dim, tuple(_joined(found) for found in ranges), turned)
 
