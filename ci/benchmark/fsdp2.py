@@ -42,10 +42,7 @@ ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.
 
 
 def apply_tp(model: torch.nn.Module, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Shard a Llama-like model. Between blocks, activations are divided by position (sequence parallel) or whole.
-
-    Raises `ValueError` for another type: what no pattern names would stay whole without a word.
-    """
+    """Shard a Llama-like model. Between blocks, activations are divided by position (sequence parallel) or whole."""
     if model.config.model_type not in LLAMA_LIKE:
         raise ValueError(f"{model.config.model_type}: the peer has TP for {', '.join(LLAMA_LIKE)} only")
     between, whole = Shard(1) if sequence_parallel else Replicate(), Replicate()
