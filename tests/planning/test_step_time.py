@@ -25,8 +25,9 @@ LAYER = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)]
 NAMES = [*(f"attn.{name}" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 STYLES = [COLUMN, COLUMN, COLUMN, ROW, COLUMN, COLUMN, ROW]
 MATMULS = [Matmul(name, *sides, style) for name, sides, style in zip(NAMES, LAYER, STYLES, strict=True)]
-SHARD = Shard(2, 8, 8, 4, heads=2, vocabulary=32, parameters=1000, tied=False, layer_matmuls=(*MATMULS, *MATMULS),
-              all_reduces=AllReduces(forward=2 * 2, blocks=2 * 2, columns=2 * 5))  # fmt: skip
+SUMS = AllReduces(forward=2 * 2, blocks=2 * 2, columns=2 * 5)
+SHARD = Shard(2, 8, 8, 4, heads=2, vocabulary=32, parameters=1000, tied=False, normed_heads=False,
+              layer_matmuls=(*MATMULS, *MATMULS), all_reduces=SUMS)  # fmt: skip
 
 SIMPLE = Device("simple", memory=1.0, memory_bandwidth=100.0, link_bandwidth=10.0, peak=1000.0)
 

@@ -174,6 +174,7 @@ class ModelFacts:
             vocabulary=self.vocabulary // tp_size,
             parameters=sum(shape.numel() for shape in plan.shapes(self.meta).values()),
             tied=self.tied,
+            normed_heads=any(name.endswith(("q_norm", "k_norm")) for name, _ in self.meta.named_modules()),
             layer_matmuls=tuple(matmul for module, matmul in self._matmuls(plan) if id(module) in inside),
             all_reduces=AllReduces.of(plan, experts[1]),
         )

@@ -71,6 +71,7 @@ class Shard:
     vocabulary: int
     parameters: int
     tied: bool
+    normed_heads: bool  # queries and keys pass norms
     layer_matmuls: tuple[Matmul, ...]  # of all decoder layers
     all_reduces: AllReduces
 

@@ -19,9 +19,9 @@ from tp2d_helpers.speed.optimizations import chosen_optimizations, peers_copy
 from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 
 # What autograd keeps of a decoder layer between its forward and backward pass, with flash attention, in tensors of
-# (hidden, query, key_value, mlp_in, mlp_out, gathered) width per token: see `Shard`. The first and last are whole on
-# each rank of a TP group, the others are divided by tp_size: Korthikanti et al. 2022, section 4, without its sequence
-# parallelism.
+# (hidden, query, key_value, mlp_in, mlp_out, gathered, normed heads) width per token: see `Shard`. `hidden` and
+# `gathered` are whole on each rank of a TP group, the others are divided by tp_size: Korthikanti et al. 2022, section
+# 4, without its sequence parallelism.
 #   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
 #              attention's output; gate, silu(gate), up, their elementwise product
 #   compiled   the layer's input, the norms' outputs, the attention block's output; q, k, v; the attention's output;
@@ -31,11 +31,11 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 #   full       the layer's input
 # tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
 ACTIVATIONS = {
-    "eager": (8, 2, 2, 2, 0, 1), "compiled": (4, 2, 2, 1, 1, 1), "selective": (3, 2, 2, 1, 0, 0),
-    "full": (1, 0, 0, 0, 0, 0),
+    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (4, 2, 2, 1, 1, 1, 1), "selective": (3, 2, 2, 1, 0, 0, 0),
+    "full": (1, 0, 0, 0, 0, 0, 0),
 }  # fmt: skip
 SUMS = 2
-BACKWARD = (4, 2, 2, 1, 1, 1)  # gradients of a layer's activations that are there at once, while its backward pass runs
+BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
 # softmax and, where it isn't computed in place, one more. `loss.CrossEntropy` adds the gradient only if it is
@@ -173,7 +173,8 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     if mode == "selective" and setting.tp_size > 1:
         kept = (kept[0] + SUMS, *kept[1:])
     again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
-    widths = (shard.hidden, shard.query, shard.key_value, shard.mlp_in, shard.mlp_out, shard.gathered)
+    heads, mlp = (shard.query, shard.key_value), (shard.mlp_in, shard.mlp_out)
+    widths = (shard.hidden, *heads, *mlp, shard.gathered, shard.normed_heads * sum(heads))
 
     def size(counts: tuple[int, ...] | list[int]) -> float:
         """Bytes of so many tensors of each width."""
