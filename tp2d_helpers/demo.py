@@ -47,6 +47,19 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-70b": dict(model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                         num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
                         max_position_embeddings=8192, tie_word_embeddings=False),
+    # These two without the factors that stretch their positions, which cost no time.
+    "phi-4-mini": dict(model_type="phi3", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+                       num_attention_heads=24, num_key_value_heads=8, vocab_size=200064, partial_rotary_factor=0.75,
+                       max_position_embeddings=131072, sliding_window=262144, pad_token_id=None,
+                       tie_word_embeddings=True),
+    "gemma-3-4b": dict(model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+                       num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208,
+                       sliding_window=1024, query_pre_attn_scalar=256, max_position_embeddings=131072,
+                       tie_word_embeddings=True),
+    "qwen3-30b-a3b": dict(model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
+                          num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, num_hidden_layers=48,
+                          num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936,
+                          max_position_embeddings=40960, tie_word_embeddings=False),
 }  # fmt: skip
 
 

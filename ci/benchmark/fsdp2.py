@@ -6,6 +6,7 @@
 - Gradients are reduced, and weights resharded, at the last micro-batch only. They are accumulated and reduced in fp32,
   or in bf16 as this package's engine does.
 - The model is built on the meta device, and each rank allocates its own shards only.
+- Without TP it takes any decoder of `transformers`, mixtures of experts included; with TP those of `LLAMA_LIKE`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -27,18 +29,22 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from trainer import Batch, Trainer
 
 from tp2d_helpers.model.facts import load_config
-from tp2d_helpers.model.sharding import meta_model
+from tp2d_helpers.model.sharding import random_model
 
 MAX_GRAD_NORM = 1.0
+LLAMA_LIKE = ("llama", "qwen2", "mistral")  # types whose blocks are as `apply_tp` takes them
 # cuDNN's attention first, as this package's engine takes it on GPUs where it is the fastest.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def apply_tp(model: torch.nn.Module, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Shard a Llama-like model. Between blocks, activations are divided by position (sequence parallel) or whole."""
+    if model.config.model_type not in LLAMA_LIKE:
+        raise ValueError(f"{model.config.model_type}: the peer has TP for {', '.join(LLAMA_LIKE)} only")
     between, whole = Shard(1) if sequence_parallel else Replicate(), Replicate()
     layer_plan: dict[str, Any] = {
         # Called as self_attn(hidden_states=...) and mlp(x).
@@ -78,23 +84,34 @@ def apply_fsdp(
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
+def build(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """The model with parameters on the meta device, and buffers, which are computed and never loaded, on the CPU."""
+    to_meta = lambda _, name, p: p if p.is_meta else torch.nn.Parameter(p.to("meta"))  # noqa: E731
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        return random_model(config, torch.float32)
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def initialise(model: torch.nn.Module, device: torch.device, rank: int) -> None:
     """Allocate this rank's shards, and draw them at random: matrices normal, biases zero, norms one."""
-    tied, config = model.config.tie_word_embeddings, model.config
+    config, buffers = model.config, dict(model.named_buffers())
     model.to_empty(device=device)
-    if tied:  # `to_empty` allocates the two by themselves
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    if config.tie_word_embeddings:  # `to_empty` allocates the two by themselves
         model.lm_head.weight = model.model.embed_tokens.weight
     generator = torch.Generator(device).manual_seed(rank)
+    scale = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's norms add one to their weights
     for name, parameter in model.named_parameters():
         shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if parameter.ndim > 1:
             shard.normal_(std=config.initializer_range, generator=generator)
             shard.mul_("lora_B" not in name)  # zero at the start
         else:
-            shard.fill_(0.0 if name.endswith("bias") else 1.0)
-    with device:  # its buffers are computed, not loaded
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+            shard.fill_(0.0 if name.endswith("bias") else scale)
 
 
 def add_peft_adapters(model: torch.nn.Module, rank: int) -> None:
@@ -122,11 +139,12 @@ class Peer:
         self.config = load_config(job["model"])
         self.config.use_cache = False
         self.lora = bool(job["lora_rank"])
-        self.model = meta_model(self.config).float()
+        self.model = build(self.config)
         if self.lora:
             add_peft_adapters(self.model, job["lora_rank"])
-            if cuda:  # all of it in bf16, also AdamW's moments: FSDP2 takes one dtype per group
-                self.model.to(torch.bfloat16)
+            if cuda:  # all weights in bf16, also AdamW's moments: FSDP2 takes one dtype per group
+                for parameter in self.model.parameters():
+                    parameter.data = parameter.data.to(torch.bfloat16)
         self.sync_last = job["sync"] == "last"
         # Not compiled where the vocabulary is divided: with PyTorch 2.13 (on CPU) that yields another value.
         alone = cuda and job["tp"] == 1

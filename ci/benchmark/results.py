@@ -8,9 +8,9 @@ from typing import Any
 from lineup import OURS, labels
 
 FORMULA = (
-    "MFU = (6·N + 6·L·h·s) · tokens/s / GPUs / peak FLOP/s; N: weights of all matmuls, the output head "
-    "included, the embedding not; L layers, h hidden size, s sequence length. With LoRA, 4·N + 6·A in place of 6·N; "
-    "A: parameters of the adapters"
+    "MFU = (6·N + 6·L·h·s) · tokens/s / GPUs / peak FLOP/s; N: weights of all matmuls that a token meets, the output "
+    "head included, the embedding not; L layers, h hidden size, s sequence length. With LoRA, 4·N + 6·A in place of "
+    "6·N; A: parameters of the adapters"
 )
 
 

@@ -15,11 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from tp2d_helpers.demo import SHAPES, build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = ROOT / "ci/benchmark"
 sys.path.insert(0, str(BENCHMARK))
 
+import fsdp2  # noqa: E402
 import inputs  # noqa: E402
 import lineup  # noqa: E402
 import results  # noqa: E402
@@ -276,6 +280,34 @@ def test_template_is_watched_from_outside(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "raw.json").read_text())
     assert (raw["useful"], raw["positions"], raw["losses"]) == ([3, 4, 5], [8, 8, 8], [2.0] * 3)
     assert len(raw["begins"]) == 3
+
+
+@pytest.mark.parametrize("shape", ["qwen2-7b", "phi-4-mini", "gemma-3-4b", "qwen3-30b-a3b"])
+def test_peer_without_tp_computes_the_model(tmp_path: Path, shape: str) -> None:
+    """Given a model's weights, its first loss and gradients are that model's: no buffer is lost on the way."""
+    small = dict(hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_experts=8,
+                 num_attention_heads=8, num_key_value_heads=4, head_dim=8, vocab_size=2048, sliding_window=16,
+                 query_pre_attn_scalar=8)  # fmt: skip
+    fields = {name: small.get(name, value) for name, value in SHAPES[shape].items()} | dict(pad_token_id=None)
+    build_model(fields, tmp_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(2048, (2, 64))
+    expected = model(ids, labels=ids).loss
+    expected.backward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        job = lineup.jobs("fsdp2_dp", options("--gpus", "1", "--seq", "64"))[0]
+        peer = fsdp2.Peer(job | dict(model=str(tmp_path)), 0)
+        assert torch.isfinite(peer.step([dict(input_ids=ids, labels=ids)]))
+        for name, weight in peer.model.named_parameters():
+            weight.data.to_local().copy_(model.get_parameter(name).data)
+        loss = peer.loss(ids, ids)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        for name, weight in peer.model.named_parameters():
+            torch.testing.assert_close(weight.grad.full_tensor(), model.get_parameter(name).grad)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

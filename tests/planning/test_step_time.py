@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from tp2d_helpers.demo import SHAPES
-from tp2d_helpers.model.facts import ModelFacts, Shard
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.plan import COLUMN, ROW
+from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.planning import step_time as estimate
 from tp2d_helpers.planning.memory import ON_GPU, Setting, memory_per_gpu
 from tp2d_helpers.planning.step_time import Network, step_time
@@ -19,9 +21,13 @@ from tp2d_helpers.speed.devices import Device, device_named
 
 GIB = 2**30
 RESULTS = Path(__file__).resolve().parents[2] / "ci/benchmark/results"
-SHARD = Shard(2, 8, 8, 4, 16, heads=2, vocabulary=32, parameters=1000, block_inputs=5, tied=False)
-LAYER = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)]  # q, k, v, o, gate, up, down
-
+LAYER = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 16), (8, 16), (16, 8)]
+NAMES = [*(f"attn.{name}" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+STYLES = [COLUMN, COLUMN, COLUMN, ROW, COLUMN, COLUMN, ROW]
+MATMULS = [Matmul(name, *sides, style) for name, sides, style in zip(NAMES, LAYER, STYLES, strict=True)]
+SUMS = AllReduces(forward=2 * 2, blocks=2 * 2, columns=2 * 5)
+SHARD = Shard(2, 8, 8, 4, heads=2, vocabulary=32, parameters=1000, tied=False, normed_heads=False,
+              layer_matmuls=(*MATMULS, *MATMULS), all_reduces=SUMS)  # fmt: skip
 
 SIMPLE = Device("simple", memory=1.0, memory_bandwidth=100.0, link_bandwidth=10.0, peak=1000.0)
 

@@ -7,17 +7,21 @@ understand a config differently.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.model.sharding import meta_model
 from tp2d_helpers.model.text_part import KEY_MAPPING, is_part, text_part
+from tp2d_helpers.speed.layers import decoder_layers
 
 
 def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -57,43 +61,15 @@ def _field(config: transformers.PretrainedConfig, name: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """What one rank of a TP group holds of a model: counts, and widths in elements per token."""
-
-    layers: int
-    hidden: int
-    query: int
-    key_value: int
-    mlp: int
-    heads: int
-    vocabulary: int
-    parameters: int
-    block_inputs: int  # column-wise layers in a decoder layer
-    tied: bool
-
-    @property
-    def layer_matmuls(self) -> list[tuple[int, int]]:
-        """[in, out] of each matrix of a decoder layer, as this rank has it."""
-        gates = max(1, self.block_inputs - 3)  # column-wise layers besides q, k and v
-        attention = [(self.hidden, self.query), *[(self.hidden, self.key_value)] * 2, (self.query, self.hidden)]
-        return [*attention, *[(self.hidden, self.mlp)] * gates, (self.mlp, self.hidden)]
-
-    def adapters(self, rank: int) -> int:
-        """Parameters of LoRA's adapters on this rank, one beside each of those matrices: r · (in + out) each."""
-        return self.layers * rank * sum(k + n for k, n in self.layer_matmuls)
-
-
-@dataclass(frozen=True)
 class ModelFacts:
     """A decoder's shape and parameters. Where the text model is a part, that part's: it alone is trained.
 
     Attributes:
         config: the trained model's, as `transformers` reads it.
         part_of: the `model_type` of the whole, where the text model is a part; else empty.
-        layers, hidden, heads, key_value_heads, head_dim, mlp, vocabulary: its shape. Of what differs between layers,
-            the mean.
+        layers, hidden, heads, key_value_heads, head_dim, vocabulary: its shape. Of what differs between layers, the
+            mean.
         positions: the longest sequence that it knows; None without a limit.
-        block_inputs: column-wise layers in a decoder layer, by its tp plan.
     """
 
     config: transformers.PretrainedConfig
@@ -103,10 +79,8 @@ class ModelFacts:
     heads: int
     key_value_heads: int
     head_dim: int
-    mlp: int
     vocabulary: int
     positions: int | None
-    block_inputs: int
 
     @classmethod
     def read(cls, model_name: str, trust_remote_code: bool = False) -> ModelFacts:
@@ -134,19 +108,18 @@ class ModelFacts:
                 f"model_name: {config.model_type!r} has no config of a decoder of text ({reason(error)})"
             ) from error
         heads = _field(text, "num_attention_heads") or 0  # state space models have none
-        plan = getattr(text, "base_model_tp_plan", None) or {}
+        one = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)  # Falcon's
+        key_value_heads = 1 if one else _field(text, "num_key_value_heads") or _field(text, "num_kv_heads") or heads
         return cls(
             config=config,
             part_of=whole.model_type if config is not whole else "",
             layers=layers,
             hidden=hidden,
             heads=heads,
-            key_value_heads=_field(text, "num_key_value_heads") or heads,
+            key_value_heads=key_value_heads,
             head_dim=_field(text, "head_dim") or hidden // max(heads, 1),
-            mlp=_field(text, "intermediate_size") or 4 * hidden,
             vocabulary=vocabulary,
             positions=_field(text, "max_position_embeddings"),
-            block_inputs=sum(style == "colwise" for style in plan.values()),
         )
 
     @functools.cached_property
@@ -166,30 +139,42 @@ class ModelFacts:
         return sum(parameter.numel() for parameter in self.meta.parameters())
 
     @functools.cached_property
-    def matmul_parameters(self) -> float:
+    def experts(self) -> tuple[int, int]:
+        """(experts of a mixture's layer, those that a token meets), without the shared ones; (0, 0) of other models."""
+        text = self.config.get_text_config()
+        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+        return experts, getattr(text, "num_experts_per_tok", None) or experts
+
+    def _matmuls(self, plan: Plan) -> Iterator[tuple[torch.nn.Module, Matmul]]:
+        """Every matrix of the model with its module. Lookups, norms and what is per head are none."""
+        experts, per_token = self.experts
+        for name, module in self.meta.named_modules():
+            if isinstance(module, torch.nn.Embedding) or "norm" in type(module).__name__.lower():
+                continue
+            for own, weight in module.named_parameters(recurse=False):
+                full, style = f"{name}.{own}", plan.styles.get(name, "")
+                *stack, inputs, outputs = plan.shape(full, weight.shape) if weight.ndim > 1 else (0, 0, 0)
+                if not stack and not own.endswith("bias"):
+                    yield module, Matmul(full, inputs, outputs, style, isinstance(module, torch.nn.Linear | Conv1D))
+                elif experts and stack == [experts]:
+                    yield module, Matmul(full, inputs, outputs, style, False, experts, per_token)
+
+    @functools.cached_property
+    def matmul_parameters(self) -> int:
         """Parameters that each token is multiplied by: of all matrices, whatever their class, but lookups.
 
         An embedding is a lookup unless it is the output head, too. Of the experts of a mixture, stacked in tensors
-        [experts, …], a token meets `num_experts_per_tok`.
+        [experts, …], a token meets `num_experts_per_tok`, and all that are shared.
         """
-        text, head = self.config.get_text_config(), self.meta.get_output_embeddings()
-        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
-        lookups = {id(m.weight) for m in self.meta.modules() if isinstance(m, torch.nn.Embedding)}
-        lookups -= {id(head.weight)} if head is not None else set()
-        total = 0.0
-        for parameter in self.meta.parameters():
-            if parameter.ndim == 2 and id(parameter) not in lookups:
-                total += parameter.numel()
-            elif parameter.ndim == 3 and experts and parameter.shape[0] == experts:
-                total += parameter.numel() * (text.num_experts_per_tok or experts) / experts
-        return total
+        return sum(matmul.active for _, matmul in self._matmuls(Plan(1)))
 
     def flops_per_token(self, seq_length: int, adapters: int = 0) -> float:
         """Floating-point operations of a training step per token: 6·N + 6·L·a·s.
 
         N is `matmul_parameters`, L the layers, a = heads · head_dim, s the sequence length. 2 of the 6 are the forward
         pass, 4 the backward pass. The second term is causal attention, 12·L·a·s halved by the mask (Chowdhery et al.
-        2022, PaLM, appendix B, without the halving). Recomputed activations don't count.
+        2022, PaLM, appendix B, without the halving). Sliding windows are counted as full attention. Recomputed
+        activations don't count.
 
         Args:
             adapters: parameters of LoRA's. With any, the first term is 4·N + 6·adapters: no gradients of N are made.
@@ -203,15 +188,18 @@ class ModelFacts:
         That is more than 1/tp_size of the parameters: norms stay whole, and so does the embedding of an untied model,
         which is 525 of Llama-3-8B's 8,030 million.
         """
+        plan, experts = Plan.of(self.meta, tp_size), self.experts
+        inside = {id(module) for layer in decoder_layers(self.meta) for module in layer.modules()}
         return Shard(
             layers=self.layers,
             hidden=self.hidden,
-            query=self.heads * self.head_dim // tp_size,
-            key_value=self.key_value_heads * self.head_dim // tp_size,
-            mlp=self.mlp // tp_size,
+            query=self.heads // tp_size * self.head_dim,
+            key_value=max(1, self.key_value_heads // tp_size) * self.head_dim,
             heads=self.heads // tp_size,
             vocabulary=self.vocabulary // tp_size,
-            parameters=sum(shape.numel() for shape in Plan.of(self.meta, tp_size).shapes(self.meta).values()),
-            block_inputs=self.block_inputs,
+            parameters=sum(shape.numel() for shape in plan.shapes(self.meta).values()),
             tied=self.tied,
+            normed_heads=any(name.endswith(("q_norm", "k_norm")) for name, _ in self.meta.named_modules()),
+            layer_matmuls=tuple(matmul for module, matmul in self._matmuls(plan) if id(module) in inside),
+            all_reduces=AllReduces.of(plan, experts[1]),
         )

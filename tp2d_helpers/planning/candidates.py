@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.model.facts import ModelFacts, Shard
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.shard import Shard
 from tp2d_helpers.planning.memory import ON_GPU, Memory, Setting, memory_per_gpu
 from tp2d_helpers.planning.step_time import Network, StepTime, step_time
 from tp2d_helpers.speed.devices import Device

@@ -6,20 +6,22 @@ batch is `traffic.state_bytes`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from tp2d_helpers.config import OPTIMIZATIONS
-from tp2d_helpers.model.facts import Shard
+from tp2d_helpers.model.shard import Shard
 from tp2d_helpers.planning.traffic import state_bytes
 from tp2d_helpers.speed.graphs import host_bound
 from tp2d_helpers.speed.optimizations import chosen_optimizations, peers_copy
 from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 
 # What autograd keeps of a decoder layer between its forward and backward pass, with flash attention, in tensors of
-# (hidden, query, key-value, mlp) width per token. The first width is whole on each rank of a TP group, the others are
-# divided by tp_size: Korthikanti et al. 2022, section 4, without its sequence parallelism.
+# (hidden, query, key_value, mlp_in, mlp_out, gathered, normed heads) width per token: see `Shard`. `hidden` and
+# `gathered` are whole on each rank of a TP group, the others are divided by tp_size: Korthikanti et al. 2022, section
+# 4, without its sequence parallelism.
 #   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
 #              attention's output; gate, silu(gate), up, their elementwise product
 #   compiled   the layer's input, the norms' outputs, the attention block's output; q, k, v; the attention's output;
@@ -28,9 +30,12 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 #              the group, beside the parts
 #   full       the layer's input
 # tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
-ACTIVATIONS = {"eager": (8, 2, 2, 4), "compiled": (4, 2, 2, 3), "selective": (3, 2, 2, 2), "full": (1, 0, 0, 0)}
+ACTIVATIONS = {
+    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (4, 2, 2, 1, 1, 1, 1), "selective": (3, 2, 2, 1, 0, 0, 0),
+    "full": (1, 0, 0, 0, 0, 0, 0),
+}  # fmt: skip
 SUMS = 2
-BACKWARD = (4, 2, 2, 3)  # gradients of a layer's activations that are there at once, while its backward pass runs
+BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
 # softmax and, where it isn't computed in place, one more. `loss.CrossEntropy` adds the gradient only if it is
@@ -85,7 +90,7 @@ class Setting:
     def replays(self, shard: Shard) -> bool:
         """Whether the passes of a shard's model are CUDA graphs, where "auto" allows them."""
         allowed = self.tp_size == 1 and self.activation_checkpointing == "none"
-        small = host_bound(sum(k * n for k, n in shard.layer_matmuls), self.tokens)
+        small = host_bound(shard.layer_weights, self.tokens)
         return "cuda_graph" in self.optimizations and allowed and small
 
     @property
@@ -168,17 +173,18 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     if mode == "selective" and setting.tp_size > 1:
         kept = (kept[0] + SUMS, *kept[1:])
     again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
-    widths = (shard.hidden, shard.query, shard.key_value, shard.mlp)
+    heads, mlp = (shard.query, shard.key_value), (shard.mlp_in, shard.mlp_out)
+    widths = (shard.hidden, *heads, *mlp, shard.gathered, shard.normed_heads * sum(heads))
 
     def size(counts: tuple[int, ...] | list[int]) -> float:
         """Bytes of so many tensors of each width."""
         sums = 4 * shard.heads if counts[1] else 0
-        return setting.tokens * (setting.width * sum(map(int.__mul__, counts, widths)) + sums)
+        return setting.tokens * (setting.width * sum(map(operator.mul, counts, widths)) + sums)
 
     kept_of_adapters = 0  # A x, of r elements for each
     if setting.lora_rank and mode != "full":
-        kept_of_adapters = setting.tokens * setting.width * setting.lora_rank * len(shard.layer_matmuls)
-    return shard.layers * (size(kept) + kept_of_adapters), size(again) + size(BACKWARD)
+        kept_of_adapters = setting.tokens * setting.width * setting.lora_rank * len(shard.adapted)
+    return shard.layers * size(kept) + kept_of_adapters, size(again) + size(BACKWARD)
 
 
 def logit_bytes(shard: Shard, setting: Setting) -> float:

@@ -8,11 +8,13 @@ links, and never faster than the host launches kernels. `MEASURED` has every num
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
-from tp2d_helpers.model.facts import Shard
+from tp2d_helpers.model.plan import COLUMN
+from tp2d_helpers.model.shard import Matmul, Shard
 from tp2d_helpers.planning.memory import Setting
-from tp2d_helpers.planning.traffic import BLOCKS, all_reduces, zero_bytes
+from tp2d_helpers.planning.traffic import all_reduces, zero_bytes
 from tp2d_helpers.speed.devices import Device
 
 
@@ -35,8 +37,9 @@ MEASURED = {
     "hidden": 0.80,  # of a backward pass, the share that ZeRO's collectives can hide behind, below stage 3 (a guess)
     "latency": 20e-6,  # seconds of a collective, times log2 of its ranks (a guess)
 }
-# Element-wise passes over (hidden, query + key-value, mlp) per token and layer, forward and backward.
-PASSES = {"eager": (160, 36, 13), "compiled": (30, 8, 12)}
+# Element-wise passes over (hidden, query + key_value, mlp_in, gathered) per token and layer, forward and backward: see
+# `Shard`. The last is a count, not a fit: experts' rows are gathered, weighted, put back and added.
+PASSES = {"eager": (160, 36, 6.5, 10), "compiled": (30, 8, 6, 6)}
 LOSS_PASSES = {"whole": 34, "vocabulary": 60, "separate": 88, "fused": 8}  # bytes read and written per logit
 STEP_BYTES = {"fused": 28 + 7, "deepspeed": 160}  # per parameter of the partition: see `_optimizer`
 # Seconds to launch a layer's kernels, forward and backward; of a graph, to hand out its gradients. Hosts differ: steps
@@ -92,11 +95,12 @@ def _matmuls(shard: Shard, setting: Setting, device: Device) -> float:
     """
     once = 2 if setting.lora_rank else 3  # no gradients of what is frozen; adapters are too narrow to count
     times = once + (setting.activation_checkpointing == "full")
-    shapes = [(times, *shape) for shape in shard.layer_matmuls] * shard.layers
-    shapes += [(once, shard.hidden, shard.vocabulary)]
-    m, rate = setting.tokens, device.peak * MEASURED["matmuls"]
-    work = sum(t * 2 * m * k * n for t, k, n in shapes) / rate
-    return work + _moved(sum(t * setting.width * (m * k + k * n + m * n) for t, k, n in shapes), device)
+    head = Matmul("", shard.hidden, shard.vocabulary)
+    m, rate, work, moved = setting.tokens, device.peak * MEASURED["matmuls"], 0.0, 0.0
+    for t, matmul in [*((times, matmul) for matmul in shard.layer_matmuls), (once, head)]:
+        work += t * 2 * m * matmul.active / rate
+        moved += t * setting.width * (m * matmul.per_token * (matmul.inputs + matmul.outputs) + matmul.weights)
+    return work + _moved(moved, device)
 
 
 def _attention(shard: Shard, setting: Setting, device: Device) -> float:
@@ -108,8 +112,8 @@ def _attention(shard: Shard, setting: Setting, device: Device) -> float:
 
 def _element_wise(shard: Shard, setting: Setting, device: Device) -> float:
     compiled = "compile" in setting.optimizations
-    hidden, heads, mlp = PASSES["compiled" if compiled else "eager"]
-    passes = hidden * shard.hidden + heads * (shard.query + shard.key_value) + mlp * shard.mlp
+    widths = (shard.hidden, shard.query + shard.key_value, shard.mlp_in, shard.gathered)
+    passes = sum(map(operator.mul, PASSES["compiled" if compiled else "eager"], widths))
     again = 1 if setting.activation_checkpointing == "none" else 4 / 3
     layers = again * shard.layers * setting.width * passes
     return _moved(setting.tokens * (layers + LOSS_PASSES[setting.loss] * shard.vocabulary), device)
@@ -123,23 +127,23 @@ def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
     """
     if setting.tp_size == 1:
         return 0.0
-    backward = BLOCKS if "block_all_reduce" in setting.optimizations else shard.block_inputs
-    count = all_reduces(shard.layers, backward, shard.tied)
+    once_per_block, layers = "block_all_reduce" in setting.optimizations, shard.all_reduces
+    count = all_reduces(shard, once_per_block)
     if setting.activation_checkpointing == "full":
-        count += shard.layers * BLOCKS
+        count += layers.forward
     size = 2 * (setting.tp_size - 1) / setting.tp_size * setting.width * setting.tokens * shard.hidden
     rate = _rate(setting.tp_size, device, network)
     each = size / rate + MEASURED["latency"] * math.log2(setting.tp_size)
-    hides = "block_all_reduce" in setting.optimizations and not setting.lora_rank
+    hides = once_per_block and not setting.lora_rank
     behind = _weight_gradients(shard, setting, device) if hides else 0.0
-    halves = shard.layers * BLOCKS / 2 if setting.copied_in_halves else 0
-    return (count - halves) * each - min(behind, shard.layers * backward * each)
+    halves = layers.forward / 2 if setting.copied_in_halves else 0
+    return (count - halves) * each - min(behind, layers.blocks * each)
 
 
 def _weight_gradients(shard: Shard, setting: Setting, device: Device) -> float:
     """Matmuls of a micro-batch that make the gradients of the column-wise weights: all but a block's last."""
-    columns = sum(k * n for k, n in shard.layer_matmuls) - shard.hidden * (shard.query + shard.mlp)
-    return shard.layers * 2 * setting.tokens * columns / (device.peak * MEASURED["matmuls"])
+    columns = sum(matmul.active for matmul in shard.layer_matmuls if matmul.style == COLUMN)
+    return 2 * setting.tokens * columns / (device.peak * MEASURED["matmuls"])
 
 
 def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network, hidden: float) -> float:

@@ -8,12 +8,7 @@ micro-batch adds is in `memory`; `step_time` makes seconds of the bytes.
 from __future__ import annotations
 
 from tp2d_helpers.model.facts import ModelFacts
-
-# All-reduces of one [batch, seq, hidden] tensor in a decoder layer: forward, after attention and after the MLP (the
-# row-wise layers); backward, the input gradient of each column-wise layer (q, k, v, gate, up if the model has them), or
-# of each of the two blocks.
-FORWARD_ALL_REDUCES = 2
-BLOCKS = 2
+from tp2d_helpers.model.shard import Shard
 
 
 def tp_bytes(model: ModelFacts, tp_size: int, tokens: int, width: int = 2, block_all_reduce: bool = True) -> float:
@@ -26,17 +21,20 @@ def tp_bytes(model: ModelFacts, tp_size: int, tokens: int, width: int = 2, block
             as AutoTP does by itself.
 
     Returns:
-        2·(t−1)/t · width · tokens · hidden · (L·(2 + column-wise layers, or blocks) + 1 or 2). The last term is the
-        head's input gradient, and for tied models the vocabulary-parallel embedding's output. The loss's own
-        reductions, three numbers per token, are left out.
+        2·(t−1)/t · width · tokens · (hidden · (L·(2 + column-wise layers, or blocks) + 1 or 2) + numbers). The 2 of a
+        layer are after attention and after the MLP or the experts, and one more after experts that are shared; the
+        last term is the head's input gradient, and for tied models the vocabulary-parallel embedding's output. For
+        `numbers` see `AllReduces`. The loss's own, three numbers per token, are left out.
     """
-    count = all_reduces(model.layers, BLOCKS if block_all_reduce else model.block_inputs, model.tied)
-    return 2 * (tp_size - 1) / tp_size * width * tokens * model.hidden * count
+    shard = model.shard(tp_size)
+    elements = shard.hidden * all_reduces(shard, block_all_reduce) + shard.all_reduces.numbers
+    return 2 * (tp_size - 1) / tp_size * width * tokens * elements
 
 
-def all_reduces(layers: int, backward: int, tied: bool) -> int:
-    """All-reduces of a micro-batch's hidden states over the TP group, `backward` of them in each layer's backward."""
-    return layers * (FORWARD_ALL_REDUCES + backward) + 1 + tied
+def all_reduces(shard: Shard, block_all_reduce: bool) -> int:
+    """All-reduces of a micro-batch's hidden states over the TP group, forward and backward."""
+    layers = shard.all_reduces
+    return layers.forward + (layers.blocks if block_all_reduce else layers.columns) + 1 + shard.tied
 
 
 def zero_bytes(parameters: int, dp_size: int, stage: int, accumulation: int = 1, width: int = 2) -> float:
