@@ -1,8 +1,8 @@
 """Draw `attention_heads.png`: grouped-query attention on two TP ranks, cut between heads.
 
 From top to bottom what a rank computes: query heads and the key-value head that each pair of them shares, attention
-within each head, the row-wise output matrix, one all-reduce. At the right: what a tp_size larger than the number of
-key-value heads would cut.
+within each head, the row-wise output matrix, one all-reduce. At the right: a tp_size larger than the number of
+key-value heads, whose ranks share them.
 """
 
 from __future__ import annotations
@@ -100,24 +100,24 @@ def draw_labels(ax: Axes) -> None:
 
 
 def draw_inset(ax: Axes) -> None:
-    """Draw what would be cut at tp_size 8."""
+    """Draw what two ranks share at tp_size 8."""
     rounded(ax, INSET, 236, 430, 632, PALE, edgecolor=MUTED, lw=1.4)
     middle = INSET + 215
-    text(ax, middle, 832, "Why not tp_size 8?", LARGE, weight="bold")
+    text(ax, middle, 832, "And tp_size 8?", LARGE, weight="bold")
     for kv in range(KEY_VALUE_HEADS):
         x = INSET + 62 + kv * 102
         for side in (-1, 1):
             box(ax, x + side * 23 - 20, 700, 40, TALL, "white")
             text(ax, x + side * 23, 724, f"$Q_{SHARING * kv + (side > 0)}$", 15)
-            arrow(ax, (x + side * 23, 700), (x + side * 20, 662))
-        labelled(ax, x, 638, (88, 42), "", "white")
-        text(ax, x, 588, f"$K_{kv}\\,V_{kv}$", 15)
+            arrow(ax, (x + side * 23, 700), (x + side * 23, 662))
+            box(ax, x + side * 23 - 20, 617, 40, 42, "white")
+        text(ax, x, 588, f"$K_{kv}\\,V_{kv}$, twice", 13)
         ax.plot([x, x], [610, 764], color=VERMILION, lw=3, ls=(0, (3, 2)), zorder=7)
     words = (
-        "Each rank would have one\nquery head, and each key-value\nhead would be cut in two or\ncopied to two ranks."
+        "Each rank has one query head.\nTwo ranks hold a copy of each\nkey-value head, and sum its\ngradient between them."
     )
     text(ax, INSET + 28, 548, words, NORMAL, ha="left", va="top", linespacing=1.4)
-    rule = "So tp_size must divide\nthe 4 key-value heads:\n1, 2 or 4."
+    rule = "So tp_size must divide\nthe 8 query heads, and the\n4 key-value heads or be a\nmultiple of them."
     text(ax, INSET + 28, 376, rule, NORMAL, ha="left", va="top", linespacing=1.4, weight="bold")
     note = "Heads are independent, so the\ncut falls between heads, and no\nrank waits before the all-reduce."
     text(ax, INSET + 28, 196, note, NORMAL, ha="left", va="top", linespacing=1.4)
