@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,8 +76,8 @@ class Shard:
 
     @functools.cached_property
     def _mlp(self) -> tuple[float, float]:
-        """Widths between an MLP's matrices: those of a layer besides attention, with one side of `hidden` each."""
-        found = [matmul for matmul in self.layer_matmuls if not re.search("attn|attention", matmul.name)]
+        """(mlp_in, mlp_out): of a layer's matrices besides attention's, the sides other than `hidden`, added up."""
+        found = [matmul for matmul in self.layer_matmuls if "att" not in matmul.name]
         total = sum(matmul.active for matmul in found) / self.hidden / self.layers
         inner = total / (3 if any("gate_" in matmul.name for matmul in found) else 2)
         return total - inner, inner
