@@ -111,11 +111,9 @@ def draw_inset(ax: Axes) -> None:
             text(ax, x + side * 23, 724, f"$Q_{SHARING * kv + (side > 0)}$", 15)
             arrow(ax, (x + side * 23, 700), (x + side * 23, 662))
             box(ax, x + side * 23 - 20, 617, 40, 42, "white")
-        text(ax, x, 588, f"$K_{kv}\\,V_{kv}$, twice", 13)
+        text(ax, x, 588, f"$K_{kv}\\,V_{kv}$", 15)
         ax.plot([x, x], [610, 764], color=VERMILION, lw=3, ls=(0, (3, 2)), zorder=7)
-    words = (
-        "Each rank has one query head.\nTwo ranks hold a copy of each\nkey-value head, and sum its\ngradient between them."
-    )
+    words = "Each rank has one query head.\nTwo ranks hold a copy of each\nkey-value head, and sum its\ngradient between them."
     text(ax, INSET + 28, 548, words, NORMAL, ha="left", va="top", linespacing=1.4)
     rule = "So tp_size must divide\nthe 8 query heads, and the\n4 key-value heads or be a\nmultiple of them."
     text(ax, INSET + 28, 376, rule, NORMAL, ha="left", va="top", linespacing=1.4, weight="bold")
