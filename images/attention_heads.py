@@ -113,9 +113,11 @@ def draw_inset(ax: Axes) -> None:
             box(ax, x + side * 23 - 20, 617, 40, 42, "white")
         text(ax, x, 588, f"$K_{kv}\\,V_{kv}$", 15)
         ax.plot([x, x], [610, 764], color=VERMILION, lw=3, ls=(0, (3, 2)), zorder=7)
-    words = "Each rank has one query head.\nTwo ranks hold a copy of each\nkey-value head, and sum its\ngradient between them."
+    words = "Each rank has one query head.\nTwo ranks hold a copy of each\n"
+    words += "key-value head, and sum its\ngradient between them."
     text(ax, INSET + 28, 548, words, NORMAL, ha="left", va="top", linespacing=1.4)
-    rule = "So tp_size must divide\nthe 8 query heads, and the\n4 key-value heads or be a\nmultiple of them."
+    rule = "So tp_size must divide\nthe 8 query heads, and the\n4 key-value heads or be"
+    rule += " a\nmultiple of them."
     text(ax, INSET + 28, 376, rule, NORMAL, ha="left", va="top", linespacing=1.4, weight="bold")
     note = "Heads are independent, so the\ncut falls between heads, and no\nrank waits before the all-reduce."
     text(ax, INSET + 28, 196, note, NORMAL, ha="left", va="top", linespacing=1.4)

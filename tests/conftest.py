@@ -106,8 +106,8 @@ def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--all`: every model type at every grid."""
-    parser.addoption("--all", action="store_true", help="train every model type at every grid (test_matrix.py)")
+    """`--all-types`: every model type at every grid."""
+    parser.addoption("--all-types", action="store_true", help="every model type in test_matrix.py, test_lifetime.py")
 
 
 MATRIX: list[tuple[str, ...]] = []

@@ -31,8 +31,8 @@ LAST = {"smollm3": dict(tp_size=8, dp_size=1)}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`--all` takes all types."""
-    metafunc.parametrize("kind", list(TYPES) if metafunc.config.getoption("--all") else USUAL)
+    """`--all-types` takes all."""
+    metafunc.parametrize("kind", list(TYPES) if metafunc.config.getoption("--all-types") else USUAL)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -12,7 +12,7 @@ from grid import Run, assert_equal_runs, differences
 Train = Callable[..., Run]
 GRIDS = {"2×1": dict(tp_size=2), "2×2": dict(tp_size=2, dp_size=2), "4×1": dict(tp_size=4)}
 SHARED = {"8×1": dict(tp_size=8)}  # two ranks share each key-value head
-# One of each kind of plan, at the grid that tells most. `--all` takes all types at all grids.
+# One of each kind of plan, at the grid that tells most. `--all-types` takes all of them at all grids.
 USUAL = {
     "qwen3_5_text": "2×1", "gemma2": "2×2", "phi3": "2×2", "olmo2": "4×1", "cohere": "2×1", "gpt_neox": "2×1",
     "apertus": "2×1", "gpt2": "2×2", "falcon": "2×1", "granite_swa": "2×1", "qwen2_moe": "2×1", "qwen3_moe": "2×2",
@@ -29,7 +29,7 @@ def cases(everything: bool) -> list[tuple[str, str]]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kind" in metafunc.fixturenames:
-        metafunc.parametrize("kind, grid", cases(metafunc.config.getoption("--all")))
+        metafunc.parametrize("kind, grid", cases(metafunc.config.getoption("--all-types")))
 
 
 def test_equals_one_process(

@@ -257,7 +257,7 @@ class _Planner:
                 ((first, last),) = cut[rank // copies]
                 found.append((begin + first * unit, begin + last * unit))
             begin += size
-        self.plan.cuts[name] = Cut(dim, tuple(_joined(found) for found in ranges), turned)
+        self.plan.cuts[name] = Cut(dim, tuple(map(tuple, ranges)), turned)
 
     def _experts(self, name: str, module: torch.nn.Module) -> None:
         """Each expert's MLP by columns and rows, in tensors [experts, out, in], or [experts, in, out]."""
@@ -314,17 +314,6 @@ class _Planner:
                     f"{self.kind}{name} {list(weights[name].shape)} is not covered by its plan, and {len(whole)} "
                     f"matrices, {sum(whole.values()) / total:.0%} of a layer, would stay whole. Take tp_size 1"
                 )
-
-
-def _joined(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Ranges that follow one another as one."""
-    result: list[tuple[int, int]] = []
-    for begin, end in ranges:
-        if result and result[-1][1] == begin:
-            result[-1] = result[-1][0], end
-        else:
-            result.append((begin, end))
-    return tuple(result)
 
 
 def _is_experts(module: torch.nn.Module) -> bool:
