@@ -115,7 +115,7 @@ def test_models_that_only_tp_1_takes(tmp_path: Path, kind: str, run_cells: Calla
 def test_other_grids(tmp_path: Path, grid: dict[str, int], run_cells: Callable[..., dict[str, Any]]) -> None:
     settings = dict(model_name="demo", dataset_name="demo", use_gpu=False, debug_steps=3, storage_path=str(tmp_path))
     found = run_cells(demo_model(), **settings, **grid)
-    assert found["more"].config.dp_size == grid["dp_size"], "there is no smaller grid to go on with"
+    assert found["more"].config.dp_size == max(1, grid["dp_size"] - 1), "a smaller grid to go on with, if there is one"
     assert len(found["records"]) == 3 * (grid.get("num_epochs", 1) + 1)
 
 
