@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model import apart
-from tp2d_helpers.model.apart import check_apart, small_model, why_masked
+from tp2d_helpers.model.apart import check_apart, why_masked
+from tp2d_helpers.model.small import small_model
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              head_dim=16, vocab_size=600)  # fmt: skip

@@ -333,6 +333,13 @@ def test_tp_size_that_cuts_heads(refused: Callable[..., None], tiny_model: Calla
     refused("tp_size = 5", "the 4 key-value heads", "[1, 2, 4, 8]", model_name=str(tiny_model("qwen3")), tp_size=5)
 
 
+def test_lora_beside_gathered_outputs(refused: Callable[..., None], family: Callable[..., Path]) -> None:
+    linear = dict(linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    model = family("qwen3_5_text", layer_types=["linear_attention", "full_attention"], **linear)
+    refused("lora_targets = 'all-linear': at tp_size 2 the outputs of out_proj, in_proj_qkv",
+            "take gate_proj,up_proj,down_proj,q_proj", model_name=str(model), tp_size=2, lora_rank=4)  # fmt: skip
+
+
 def test_run_that_does_not_fit(
     refused: Callable[..., None], tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

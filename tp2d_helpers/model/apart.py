@@ -8,7 +8,6 @@ does code that numbers the positions itself: here that shows, and they are refus
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 from unittest import mock
 
@@ -20,14 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.packing import cumulative_lengths, positions_of
 from tp2d_helpers.model.rehearsal import quiet
-from tp2d_helpers.model.sharding import meta_model, random_model
+from tp2d_helpers.model.sharding import meta_model
+from tp2d_helpers.model.small import small_model
 from tp2d_helpers.speed import documents
 from tp2d_helpers.speed.agreement import first_trouble
 
 SIZES = (6, 7)  # tokens of the two documents that are tried
-WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-WINDOW = 4  # shorter than them
-AFFORDABLE = 5 * 10**8  # parameters of a model with storage: 2 GB
 TRIAL = "documents-trial"
 
 
@@ -169,49 +166,6 @@ def _mixed(model: torch.nn.Module) -> tuple[str, torch.Tensor]:
 def _close(logits: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether they differ by rounding alone. Of experts, it depends on all tokens that are given to one."""
     return bool((logits - others).abs().max() <= 1e-5 * others.abs().max())
-
-
-def small_model(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> torch.nn.Module:
-    """The model in fp32 with random weights, few tokens and narrow MLPs; of a large one, a layer of each type.
-
-    Its widths can be divided by tp_size.
-
-    Raises:
-        ConfigError: if that is still too large to be tried.
-    """
-    for cut in (*_cuts(hf_config, tp_size), hf_config):
-        try:
-            size = sum(parameter.numel() for parameter in meta_model(cut).parameters())
-            model = random_model(cut, torch.float32) if size <= AFFORDABLE else None
-        except Exception:
-            continue
-        if model is not None:
-            return model
-    raise ConfigError(f"it is too large to be tried on the CPU, where {AFFORDABLE:,} parameters are the limit")
-
-
-def _cuts(hf_config: transformers.PretrainedConfig, tp_size: int) -> list[transformers.PretrainedConfig]:
-    """Configs of smaller models of the same class: with all layers, and with one of each type."""
-    narrow = copy.deepcopy(hf_config)
-    text = narrow.get_text_config()
-    width = 64 * tp_size // math.gcd(64, tp_size)
-    most_of = dict.fromkeys(WIDTHS, width) | {"vocab_size": 512, "sliding_window": WINDOW}
-    for name, most in most_of.items():
-        if isinstance(getattr(text, name, None), int) and getattr(text, name):
-            setattr(text, name, min(most, getattr(text, name)))
-    if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
-        text.pad_token_id = None
-    short = copy.deepcopy(narrow)
-    text = short.get_text_config()
-    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or [""]))
-    kinds = kinds if len(kinds) > 1 else kinds * 2
-    try:
-        if kinds[0]:
-            text.layer_types = kinds
-        text.num_hidden_layers = min(len(kinds), text.num_hidden_layers)
-    except AttributeError:  # a class that derives them from other settings
-        return [narrow]
-    return [narrow, short]
 
 
 def _numbered() -> Any:

@@ -23,11 +23,11 @@ from deepspeed.module_inject import auto_tp
 from deepspeed.module_inject import layers as autotp_layers
 
 from tp2d_helpers.config import ConfigError, reason
-from tp2d_helpers.model.apart import small_model
 from tp2d_helpers.model.autotp import replace_layers
 from tp2d_helpers.model.divide import divide
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.rehearsal import Rehearsal, quiet
+from tp2d_helpers.model.small import small_model
 from tp2d_helpers.speed import reductions
 
 SAMPLE = (2, 12)  # samples, tokens
@@ -133,7 +133,8 @@ def prove(hf_config: transformers.PretrainedConfig, tp_size: int, needs: Rehears
 
 def _divided(whole: torch.nn.Module, plan: Plan, rank: Rank, needs: Rehearsal) -> torch.nn.Module:
     """A rank's model. The head stays whole: how it is cut by vocabulary does not depend on the model's class."""
-    model = copy.deepcopy(whole)
+    shared = {id(weight): torch.nn.Parameter(weight.detach()) for weight in whole.parameters()}  # no copies of weights
+    model = copy.deepcopy(whole, shared)
     divide(model, plan, rank, rank.rank)
     autotp = replace_layers(model, plan, rank, head=False, summed=needs.summed)
     autotp.register_replicated_grad_hooks(model)

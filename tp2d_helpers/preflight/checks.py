@@ -16,6 +16,7 @@ from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters, kinds, targets
+from tp2d_helpers.model.plan import GATHERED, Plan
 from tp2d_helpers.model.proof import prove
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
@@ -93,7 +94,14 @@ def check_lora(config: Config, model: ModelFacts) -> list[tuple[str, str, str]]:
     """Preflight's row about LoRA; none without. Raises `ConfigError` for targets or a dropout that can't be."""
     if not config.lora_rank:
         return []
-    names = kinds(targets(model.meta, config.lora_targets))
+    layers = targets(model.meta, config.lora_targets)
+    names, styles = kinds(layers), Plan.of(model.meta, config.tp_size).styles
+    if gathered := kinds(name for name in layers if styles.get(name) == GATHERED):
+        others = ",".join(name for name in names if name not in gathered)
+        raise ConfigError(
+            f"lora_targets = {config.lora_targets!r}: at tp_size {config.tp_size} the outputs of {', '.join(gathered)} "
+            f"are gathered, and no adapter can stand beside them; take {others}"
+        )
     if config.lora_dropout and rehearse(model.config, config.tp_size).divided_dropout:
         raise ConfigError(
             f"lora_dropout = {config.lora_dropout:g}: at tp_size {config.tp_size} the model has dropout on attention "
