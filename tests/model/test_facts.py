@@ -15,8 +15,9 @@ from tp2d_helpers.config import ConfigError
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import targets
-from tp2d_helpers.model.plan import COLUMN, ROW, Plan
+from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.shard import AllReduces
+from tp2d_helpers.model.styles import COLUMN, ROW
 from tp2d_helpers.speed.layers import decoder_layers
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64)

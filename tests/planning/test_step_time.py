@@ -11,8 +11,8 @@ import pytest
 
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.model.plan import COLUMN, ROW
 from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
+from tp2d_helpers.model.styles import COLUMN, ROW
 from tp2d_helpers.planning import step_time as estimate
 from tp2d_helpers.planning.memory import ON_GPU, Setting, memory_per_gpu
 from tp2d_helpers.planning.step_time import Network, step_time

@@ -24,7 +24,8 @@ from deepspeed.module_inject.layers import (
 )
 
 from tp2d_helpers.model.cuts import Cut
-from tp2d_helpers.model.plan import COLUMN, EXPERTS, NORM, Plan
+from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.styles import COLUMN, EXPERTS, NORM
 from tp2d_helpers.speed import reductions
 from tp2d_helpers.speed.frozen import Both, Enter, Leave
 

@@ -30,7 +30,8 @@ from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model.cuts import Cut
 from tp2d_helpers.model.divide import mark, sum_copies, sum_over
 from tp2d_helpers.model.mpu import ModelParallelUnit
-from tp2d_helpers.model.plan import ROW, Plan
+from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.styles import ROW
 from tp2d_helpers.speed.frozen import freeze
 from tp2d_helpers.speed.layers import decoder_layers
 

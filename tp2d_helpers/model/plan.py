@@ -19,46 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model.cuts import Cut
+from tp2d_helpers.model.styles import COLUMN, EXPERTS, GATHERED, HEADS, IGNORED, NORM, PARTS, ROW, styles_of
 from tp2d_helpers.speed.layers import decoder_layers
 
-COLUMN, ROW, GATHERED, PARTS = "colwise", "rowwise", "colwise_gather_output", "colwise_parts"
-EXPERTS, NORM, HEADS = "experts", "norm_over_heads", "per_head"  # of modules that are no linear layers
-# Styles of Hugging Face's plans that are not followed: gradients, experts and the vocabulary have rules of their own.
-IGNORED = {"replicated_with_grad_allreduce", "embedding_rowwise", "packed_colwise", "moe_tp_experts"}
-LLAMA = {
-    **{f"layers.*.self_attn.{name}_proj": COLUMN for name in "qkv"},
-    **{f"layers.*.mlp.{name}_proj": COLUMN for name in ("gate", "up")},
-    "layers.*.self_attn.o_proj": ROW,
-    "layers.*.mlp.down_proj": ROW,
-}
-# Plans of types that have none of their own, or one that lacks something.
-PLANS: dict[str, dict[str, str]] = {
-    **dict.fromkeys(["stablelm", "nemotron", "hunyuan_v1_dense", "granitemoe", "gpt_oss"], LLAMA),
-    "phimoe": LLAMA,
-    "qwen2_moe": {
-        **{f"layers.*.mlp.shared_expert.{name}_proj": COLUMN for name in ("gate", "up")},
-        "layers.*.mlp.shared_expert.down_proj": ROW,
-    },
-    "opt": {
-        **{f"decoder.layers.*.self_attn.{name}_proj": COLUMN for name in "qkv"},
-        "decoder.layers.*.self_attn.out_proj": ROW,
-        "decoder.layers.*.fc1": COLUMN,
-        "decoder.layers.*.fc2": ROW,
-    },
-    "gpt2": {
-        "h.*.attn.c_attn": PARTS,
-        "h.*.attn.c_proj": ROW,
-        "h.*.mlp.c_fc": COLUMN,
-        "h.*.mlp.c_proj": ROW,
-    },
-    "falcon": {
-        "h.*.self_attention.query_key_value": PARTS,
-        "h.*.self_attention.dense": ROW,
-        "h.*.mlp.dense_h_to_4h": COLUMN,
-        "h.*.mlp.dense_4h_to_h": ROW,
-    },
-    "gpt_neox": {"layers.*.attention.query_key_value": PARTS},
-}
 WHOLE_GROUPS = ("query_key_value.weight", "query_key_value.bias")  # queries stand among their keys and values
 ALIGNED = 8  # 16 bytes in bf16
 LARGEST_WHOLE = 0.1  # of a decoder layer: matrices that every rank keeps whole, such as routers
@@ -135,7 +98,7 @@ class _Planner:
         self.kv_heads = (
             getattr(self.text, "num_key_value_heads", None) or getattr(self.text, "num_kv_heads", None) or self.heads
         )
-        self.styles = self._styles()
+        self.styles = styles_of(model)
         if not self._fits(tp_size):
             fits = [size for size in range(1, self.heads + 1) if self._fits(size)]
             raise ConfigError(
@@ -159,27 +122,6 @@ class _Planner:
 
     def _fits(self, size: int) -> bool:
         return not self.heads % size and (not self.kv_heads % size or not size % self.kv_heads)
-
-    def _styles(self) -> dict[str, str]:
-        """The plan's patterns, and ours. Gathering is left out where the parts can stay divided."""
-        config = self.text if getattr(self.text, "base_model_tp_plan", None) else self.model.config
-        plan = {**(getattr(config, "base_model_tp_plan", None) or {}), **PLANS.get(self.text.model_type, {})}
-        if not plan:
-            raise ConfigError(
-                f"{self.kind}its class has no tp_plan, and there is none for it here (there are for "
-                f"{', '.join(sorted(PLANS))}). Take tp_size 1"
-            )
-        for name, style in plan.items():
-            last = name.rpartition(".")[2]
-            if style == GATHERED and last in ("qkv_proj", "gate_up_proj"):
-                plan[name] = PARTS
-            elif style == GATHERED and last in ("q_proj", "k_proj", "v_proj"):
-                plan[name] = COLUMN
-            elif style == "rowwise_split_input":
-                plan[name] = ROW
-        if unknown := sorted(set(plan.values()) - {COLUMN, ROW, GATHERED, PARTS} - IGNORED):
-            raise ConfigError(f"{self.kind}its plan has the styles {unknown}, which are not known here. Take tp_size 1")
-        return plan
 
     def _style(self, name: str) -> str:
         """The style of a linear layer; "" for other modules."""

@@ -6,7 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tp2d_helpers.model.plan import COLUMN, EXPERTS, NORM, ROW, Plan
+from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.styles import COLUMN, EXPERTS, NORM, ROW
 
 
 class Matmul(NamedTuple):

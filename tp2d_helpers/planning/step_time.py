@@ -11,8 +11,8 @@ import math
 import operator
 from dataclasses import dataclass
 
-from tp2d_helpers.model.plan import COLUMN
 from tp2d_helpers.model.shard import Matmul, Shard
+from tp2d_helpers.model.styles import COLUMN
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import all_reduces, zero_bytes
 from tp2d_helpers.speed.devices import Device

@@ -16,9 +16,10 @@ from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters, kinds, targets
-from tp2d_helpers.model.plan import GATHERED, Plan
+from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.proof import prove
 from tp2d_helpers.model.rehearsal import compare_losses, rehearse
+from tp2d_helpers.model.styles import GATHERED
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
