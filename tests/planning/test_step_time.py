@@ -114,7 +114,7 @@ def test_recomputation_costs_a_forward_pass(ideal: None) -> None:
 # Measured runs
 
 SECONDS, PEAK, PEAK_OF_LORA = 0.20, 0.10, 0.02  # how far off an estimate may be
-SECONDS_OF = {"gemma-3-4b": 0.35}  # heads of 256 and windows: slower attention than what the estimate was fitted to
+SECONDS_OF = {"gemma-3-4b": 0.35}  # heads of 256 and windows: its attention is slower than what was fitted
 
 
 def measured() -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -155,7 +155,9 @@ def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for report, entry in rows:
         (milliseconds, peak), job = predicted(report, entry), entry["settings"]
         time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
-        bad = abs(time_off) > SECONDS_OF.get(job["shape"], SECONDS) or abs(peak_off) > (PEAK_OF_LORA if job.get("lora_rank") else PEAK)
+        bad = abs(time_off) > SECONDS_OF.get(job["shape"], SECONDS) or abs(peak_off) > (
+            PEAK_OF_LORA if job.get("lora_rank") else PEAK
+        )
         wrong += bad
         lines.append(
             f"{'WRONG ' * bad}{job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}: "
