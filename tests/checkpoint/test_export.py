@@ -371,7 +371,7 @@ def test_the_code_is_code(tmp_path: Path) -> None:
 
 def test_failure_while_writing(checkpoint: Path, tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     before = hashes(checkpoint.parent)
-    with pytest.raises(ValueError, match=r"q_norm\.weight is not in the checkpoint"):
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: shards .* was it trained from this model"):
         export_checkpoint(checkpoint, str(tiny_model("qwen3")), checkpoint.parent / "export")
 
     def full(*args: Any) -> None:

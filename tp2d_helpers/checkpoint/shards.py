@@ -46,7 +46,8 @@ def merge(
     """
     planned = [cut.shape(whole, rank) for rank in range(len(cut.ranges))] if cut else [whole]
     if [shard.shape for shard in shards] != planned:
-        raise ValueError(f"{name}: shards {[list(shard.shape) for shard in shards]} don't make {list(whole)}")
+        found = [list(shard.shape) for shard in shards]
+        raise ValueError(f"{name}: shards {found} don't make {list(whole)}: was it trained from this model?")
     if not cut:
         return shards[0].to(dtype).contiguous()
     merged = torch.empty(whole, dtype=dtype)
