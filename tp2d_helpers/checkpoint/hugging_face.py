@@ -83,8 +83,7 @@ def export_checkpoint(
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, or buffer."""
-        from_shards = merged is None or name not in tied
-        if not from_shards:
+        if merged and name in tied:
             return merged(name)
         return whole_weight(name, ranks, whole[name].shape, whole[name].dtype, plan.cuts.get(names.get(name, name)))
 

@@ -136,7 +136,6 @@ def sum_copies(
 
 def sum_over(group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
     """A hook of a weight: the sum of its gradients over the group, as a new tensor."""
-    reductions.register(group)
     return torch.ops.tp2d.all_reduce(gradient.contiguous(), "sum", group.group_name)
 
 
