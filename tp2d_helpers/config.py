@@ -76,6 +76,7 @@ class Config(BaseModel):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
+    gradient_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     optimizations: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42

@@ -14,6 +14,7 @@ from typing import Any
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.model.shard import Shard
 from tp2d_helpers.planning.traffic import state_bytes
+from tp2d_helpers.speed.gradients import BUCKET, in_fp32
 from tp2d_helpers.speed.graphs import host_bound
 from tp2d_helpers.speed.optimizations import chosen_optimizations, peers_copy
 from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
@@ -42,7 +43,7 @@ BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at
 # compiled ("fused"), else three fp32 tensors and a mask in its backward pass ("separate").
 LOSS_BYTES = {"whole": 8, "vocabulary": 12, "separate": 13, "fused": 2}
 
-BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`); two of them overlap
+STAGE_3_BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`)
 STAGE_3_LIVE = 1_050_000_000  # elements that stage 3 keeps gathered: `max_live_parameters` and one prefetch bucket
 STAGE_3_GROUP = 1_000_000_000  # elements that stage 3 steps at a time (`sub_group_size`)
 
@@ -64,6 +65,7 @@ class Setting:
     seq_length: int = 512
     activation_checkpointing: str = "none"  # or selective, full
     master_weights: str = "fp32"
+    gradient_dtype: str = "auto"
     lora_rank: int = 0  # with adapters beside all matrices of a layer: of fewer, it is a bound
     width: int = 2
     optimizations: frozenset[str] = frozenset()
@@ -76,6 +78,17 @@ class Setting:
         fp32 = precision == "fp32" or (precision == "auto" and not use_gpu)
         chosen, _ = chosen_optimizations(dict(config), bool(use_gpu))
         return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": frozenset(chosen)})
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient's sum over micro-batches and replicas."""
+        return 4 if in_fp32(self.gradient_dtype, self.master_weights, self.zero_stage) else self.width
+
+    @property
+    def sums(self) -> bool:
+        """Whether gradients are summed where they aren't made: over micro-batches or, but at stage 0, replicas."""
+        replicas = self.zero_stage > 0 and self.dp_size > 1
+        return self.zero_stage == 3 or self.gradient_accumulation_steps > 1 or replicas
 
     @property
     def one_pass_step(self) -> bool:
@@ -144,20 +157,20 @@ def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
     on top: see `candidates`.
     """
     trained = setting.trained(shard)
-    state = state_bytes(trained, setting.dp_size, setting.zero_stage, setting.width)
+    state = state_bytes(trained, setting.dp_size, setting.zero_stage, setting.width, setting.gradient_width)
     if setting.lora_rank:  # what is frozen
         state["weights"] += setting.width * shard.parameters / (setting.dp_size if setting.zero_stage == 3 else 1)
     optimizer = state["masters and moments"] / (2 if setting.master_weights == "bf16" else 1)
-    divided = setting.zero_stage >= 1
-    partition = setting.width * trained / (setting.dp_size if divided else 1)
-    earlier = state["gradients"] if setting.gradient_accumulation_steps > 1 or setting.zero_stage == 3 else 0
+    earlier = state["gradients"] if setting.sums else 0  # there from the first step on, or of a micro-batch before
+    last = earlier or setting.width * trained
     kept, layer = activation_bytes(shard, setting)
     gathered, buckets = _buffers(shard, setting)
     at_loss = Memory(state["weights"], earlier, optimizer, kept, logit_bytes(shard, setting), gathered + buckets)
     in_backward = Memory(state["weights"], earlier, optimizer, kept + layer, 0, gathered + buckets)
-    at_end = Memory(state["weights"], partition, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
+    at_end = Memory(state["weights"], last, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
     if setting.replays(shard):  # what the graphs use stays theirs
-        at_end = replace(at_end, gradients=state["gradients"], activations=kept, logits=at_loss.logits)
+        gradients = earlier + setting.width * trained
+        at_end = replace(at_end, gradients=gradients, activations=kept, logits=at_loss.logits)
     return max(at_loss, in_backward, at_end, key=lambda moment: moment.total)
 
 
@@ -196,10 +209,9 @@ def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
     """(gathered weights of stage 3, gradient buckets): bytes."""
     width, stage = setting.width, setting.zero_stage
     if stage == 3:
-        return width * min(shard.parameters, STAGE_3_LIVE), width * BUCKET
-    overlap = setting.dp_size > 1 and width != 4  # `engine.deepspeed_config`
-    bucket = min(BUCKET, setting.trained(shard)) if setting.lora_rank else BUCKET
-    return 0, width * bucket * (1 + overlap) if stage else 0
+        return width * min(shard.parameters, STAGE_3_LIVE), width * STAGE_3_BUCKET
+    travelling = min(3 * BUCKET, setting.trained(shard)) if stage == 2 and setting.dp_size > 1 else 0
+    return 0, setting.gradient_width * travelling
 
 
 def _step_copies(shard: Shard, setting: Setting) -> float:
@@ -211,4 +223,4 @@ def _step_copies(shard: Shard, setting: Setting) -> float:
         return setting.width * partition
     if setting.one_pass_step:
         return 0
-    return (setting.width + 4 * (setting.width != 4)) * partition
+    return (setting.gradient_width + 4 * (setting.gradient_width != 4)) * partition

@@ -25,6 +25,7 @@ from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.preflight.weights import check_weights
 from tp2d_helpers.speed.devices import Device, device_named
+from tp2d_helpers.speed.gradients import in_fp32
 from tp2d_helpers.speed.layers import decoder_layers
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
@@ -166,7 +167,8 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
     """(what the devices compute in, what the run will), by the GPU types that Ray reports.
 
     Raises:
-        ConfigError: for bf16 master weights of a run that doesn't compute in bf16, and for fp16 on a CPU without it.
+        ConfigError: for bf16 master weights or sums of gradients of a run that doesn't compute in bf16, for sums in
+            fp32 where nothing takes them, and for fp16 on a CPU without it.
     """
     old = settled_precision(config.change(precision="auto"), resources) == "fp16"
     precision = settled_precision(config, resources).replace("auto", "bf16")
@@ -175,8 +177,21 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
             f"master_weights = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
             "bf16 masters need precision 'bf16', all others take master_weights 'fp32'"
         )
+    if config.gradient_dtype == "bf16" and precision != "bf16":
+        raise ConfigError(
+            f"gradient_dtype = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
+            "take 'auto', or precision 'bf16'"
+        )
+    if config.gradient_dtype == "fp32" != precision and (config.zero_stage == 0 or config.master_weights == "bf16"):
+        low = "zero_stage = 0" if config.zero_stage == 0 else "master_weights = 'bf16'"
+        raise ConfigError(
+            f"gradient_dtype = 'fp32': with {low} gradients are summed in {precision}; "
+            f"take 'auto', or another {low.split()[0]}"
+        )
     if precision == "fp16" and not (config.use_gpu or CPU_Accelerator().is_fp16_supported()):
         raise ConfigError("precision = 'fp16': this CPU lacks instructions for it (AVX512-FP16); take 'fp32' or 'bf16'")
     found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
     precision += " with loss scaling" if precision == "fp16" else ""
-    return found, f"{precision}, {config.master_weights} master weights, {'NCCL' if config.use_gpu else 'gloo'}"
+    sums = "fp32" if in_fp32(config.gradient_dtype, config.master_weights, config.zero_stage) else precision[:4]
+    kept = f"{config.master_weights} master weights, {sums} gradient sums"
+    return found, f"{precision}, {kept}, {'NCCL' if config.use_gpu else 'gloo'}"

@@ -15,10 +15,11 @@ import deepspeed.comm
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch.optim.adamw import adamw
 
 from tp2d_helpers.speed.agreement import everywhere
+from tp2d_helpers.speed.gradients import SummingZeroOptimizer
 
 try:
     from tp2d_helpers.speed.kernels import OnePassAdamW
@@ -26,7 +27,7 @@ except ImportError:  # Triton comes with PyTorch for GPUs only
     OnePassAdamW = None
 
 
-class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
+class FusedZeroOptimizer(SummingZeroOptimizer):
     """ZeRO 1 or 2 with AdamW and fp32 masters, whose step has no host synchronisation. See `fuse_step`."""
 
     @torch.no_grad()
@@ -42,7 +43,7 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
             self.free_grad_in_param_list(self.params_not_in_partition[i])
             self._step_group(i, clip, infinite, scalars)
             self.free_grad_in_param_list(self.params_in_partition[i])
-            self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+            self.averaged_gradients[i] = None
         self._lazy_init_hp_params_optimizer_state()
         if dist.get_world_size(self.dp_process_group) > 1:
             all_gather_dp_groups(
@@ -97,11 +98,6 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
         return state
 
-    def reduce_ready_partitions_and_remove_grads(self, param: torch.nn.Parameter, i: int) -> None:
-        """Nothing to reduce with one replica: DeepSpeed would copy each gradient through its bucket all the same."""
-        if dist.get_world_size(self.dp_process_group) > 1:
-            super().reduce_ready_partitions_and_remove_grads(param, i)
-
 
 def _fused_adamw(
     gradients: list[torch.Tensor], masters: torch.Tensor, means: torch.Tensor, squares: torch.Tensor,
@@ -123,7 +119,7 @@ def _fused_adamw(
 def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
     """Let `engine.step()` take the short way where it can: ZeRO 1 or 2, AdamW, fp32 masters, no loss scaling."""
     optimizer = engine.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
+    if type(optimizer) is not SummingZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
         return
     if not engine.fp16_enabled() and optimizer.single_partition_of_fp32_groups[0].dtype == torch.float32:
         # The kernels round differently: with both in a TP group, weights that all ranks hold would drift apart.
