@@ -38,6 +38,7 @@ from tp2d_helpers.checkpoint.writer import CheckpointWriter
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.engine import PRECISIONS
 from tp2d_helpers.speed.agreement import everywhere
+from tp2d_helpers.speed.optimizer import FusedZeroOptimizer
 
 
 def save_checkpoint(
@@ -67,6 +68,8 @@ def save_checkpoint(
             for the checkpoint before, if that is still being written.
     """
     engine.whole_weights.compare()
+    if isinstance(engine.optimizer, FusedZeroOptimizer):
+        engine.optimizer.settle()
     progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
     if not isinstance(engine.checkpoint_engine, CheckpointWriter):
         engine.checkpoint_engine = CheckpointWriter()

@@ -73,7 +73,7 @@ class OnePassAdamW:
         numbers = [gradient.data_ptr() for gradient in gradients]
         addresses = torch.tensor(numbers, pin_memory=True).to(masters.device, non_blocking=True)
         aligned = self.aligned and all(number % 16 == 0 for number in numbers)
-        kind = tl.bfloat16 if gradients[0].dtype == torch.bfloat16 else tl.float32
+        kind = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(gradients[0].dtype, tl.float32)
         _adamw[(len(self.tensors),)](
             addresses, self.tensors, self.begins, self.sizes, self.offsets, masters, means, squares, weights, scalars,
             settings["lr"], *settings["betas"], settings["eps"], settings["weight_decay"],
