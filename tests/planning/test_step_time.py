@@ -140,12 +140,12 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
         dict(tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"], batch_size_per_gpu=job["micro_batch"],
              gradient_accumulation_steps=job["accumulation"], seq_length=job["seq"],
              activation_checkpointing=job["activation_checkpointing"], optimizations=job["optimizations"],
-             lora_rank=job.get("lora_rank", 0), gradient_dtype=job.get("gradient_dtype", "bf16"))
+             lora_rank=job.get("lora_rank", 0), gradient_dtype=job["gradients"] if "precision" in job else "bf16")
     )  # fmt: skip
     shard = ModelFacts.of_shape(shape).shard(setting.tp_size)
     seconds = step_time(shard, setting, device_named(report["gpu"])).total
     peak = memory_per_gpu(shard, setting).total
-    if "gradient_dtype" not in job and setting.zero_stage < 3:  # by DeepSpeed's own buckets, before `sum_gradients`
+    if "precision" not in job and setting.zero_stage < 3:  # by DeepSpeed's own buckets, before `sum_gradients`
         peak += 2 * min(500_000_000, setting.trained(shard) if setting.lora_rank else math.inf) * (1 + (job["dp"] > 1))
     return seconds * 1e3, peak / GIB
 

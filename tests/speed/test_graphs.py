@@ -62,7 +62,7 @@ class Passes(torch.autograd.Function):
 
 def _replay(names: dict[str, Any]) -> None:
     optimizations.chosen_optimizations = lambda *arguments: (chosen_optimizations(*arguments)[0] | {"cuda_graph"}, "")
-    graphs._graphed = Replay
+    graphs._graphed, graphs._waits_for_host = Replay, lambda *_: True
 
 
 def _replay_without_copies(names: dict[str, Any]) -> None:
@@ -133,9 +133,8 @@ def test_resumed_run(train: Train, tmp_path: Path) -> None:
     assert_equal_runs(run, train("qwen2-tied", num_epochs=2, debug_steps=5))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_gradients_that_are_written_over_are_found(train: Train, zero_stage: int) -> None:
-    run = train("qwen2-tied", gradient_accumulation_steps=2, zero_stage=zero_stage, patch=_replay_without_copies)
+def test_gradients_that_are_written_over_are_found(train: Train) -> None:
+    run = train("qwen2-tied", gradient_accumulation_steps=2, zero_stage=0, patch=_replay_without_copies)
     with pytest.raises(AssertionError, match=r"step [123]: (grad_norm|loss)"):
         assert_equal_runs(run, train("qwen2-tied"))
 
@@ -154,6 +153,7 @@ def test_a_model_that_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     model = load_model(str(tiny_model("llama")), torch.float32)
     forward = model.forward
     monkeypatch.setattr(graphs, "_graphed", fail)
+    monkeypatch.setattr(graphs, "_waits_for_host", lambda *_: True)
     assert (
         graphs.replay_passes(model, SHAPE, False, alone=True)
         == "rank 0: operation not permitted when stream is capturing"
@@ -186,7 +186,7 @@ def test_host_bound() -> None:
 @pytest.mark.parametrize("settings, on_gpu, chosen", [
     (dict(), True, True),
     (dict(), False, False),
-    (dict(tp_size=2), True, False),
+    (dict(tp_size=2), True, True),
     (dict(tp_size=2, optimizations="cuda_graph,block_all_reduce,peer_copies"), True, True),
     (dict(activation_checkpointing="full"), True, False),
     (dict(zero_stage=3), True, False),
@@ -197,7 +197,6 @@ def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: 
     names, without = chosen_optimizations(settings, on_gpu)
     assert ("cuda_graph" in names) == chosen
     assert without.startswith("no cuda_graph: micro-batches hold") == ("packing" in settings)
-    assert not {"cuda_graph", "peer_copies"} <= names
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -222,6 +222,8 @@ def _new_folder(run_dir: Path, step: int) -> Path:
 
 
 def _precision(engine: deepspeed.DeepSpeedEngine) -> str:
+    if any(hasattr(module, "float8") for module in engine.module.modules()):
+        return "fp8"
     dtype = next(engine.module.parameters()).dtype
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 

@@ -32,7 +32,8 @@ from tp2d_helpers.speed.gradients import in_fp32, sum_gradients
 from tp2d_helpers.speed.loss import loss_from_logits
 from tp2d_helpers.speed.optimizations import optimize
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# "fp8" is of matmuls (`speed/float8.py`); all else of such a run is bf16.
+PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def get_mixed_precision_dtype() -> torch.dtype:

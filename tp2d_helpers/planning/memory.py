@@ -102,9 +102,8 @@ class Setting:
 
     def replays(self, shard: Shard) -> bool:
         """Whether the passes of a shard's model are CUDA graphs, where "auto" allows them."""
-        allowed = self.tp_size == 1 and self.activation_checkpointing == "none"
         small = host_bound(shard.layer_weights, self.tokens)
-        return "cuda_graph" in self.optimizations and allowed and small
+        return "cuda_graph" in self.optimizations and self.activation_checkpointing == "none" and small
 
     @property
     def loss(self) -> str:
