@@ -82,3 +82,15 @@ def test_sums_in_bf16_lose_the_last_micro_batches(error: Callable[..., float]) -
 ])  # fmt: skip
 def test_dtype_of_the_sums(settings: dict[str, Any], expected: torch.dtype) -> None:
     assert gradient_dtype(make_config(**settings).model_dump(), torch.bfloat16) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the Triton kernel needs a GPU")
+@pytest.mark.parametrize("size", [1, 1000, 4096, 100_003])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_kernel_adds(size: int, dtype: torch.dtype, offset: int) -> None:
+    sums = torch.full((size + offset,), torch.nan, device="cuda")[offset:]
+    parts = [torch.randn(size, device="cuda").to(dtype) for _ in range(3)]
+    for i, part in enumerate(parts):
+        gradients.add_to(sums, part, first=i == 0)
+    assert torch.equal(sums, parts[0].float() + parts[1].float() + parts[2].float())

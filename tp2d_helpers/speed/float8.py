@@ -8,6 +8,7 @@ router and embedding stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -44,12 +45,12 @@ class Weights:
         self.scale = torch.ones((), device=device)
         self.columns_of_block = Columns, (self.rows, self.columns, self.scale)  # for `layers._enter_block`
 
-    def refresh(self) -> None:
-        """Cast the weights as they are now."""
-        _cast_weights([layer.weight.detach() for layer in self.layers], self.rows, self.columns, self.scale)
+    def refresh(self, cast_weights: Callable[..., None]) -> None:
+        """Cast the weights as they are now, by `cast_weights`, compiled or not."""
+        cast_weights([layer.weight.detach() for layer in self.layers], self.rows, self.columns, self.scale)
 
 
-def _cast_weights(weights: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> None:
+def cast_weights(weights: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> None:
     found, factor = cast(torch.cat(weights) if len(weights) > 1 else weights[0], E4M3)
     rows.copy_(found)
     columns.copy_(found.t())
@@ -135,8 +136,11 @@ class RowLinear8(RowLinear):
         return z if self.bias is None else z + self.bias
 
 
-def compute_in_fp8(engine: deepspeed.DeepSpeedEngine) -> None:
+def compute_in_fp8(engine: deepspeed.DeepSpeedEngine, compiled: bool) -> None:
     """Let the matmuls of the engine's decoder layers run in fp8; those of sides that don't suit stay in bf16.
+
+    Args:
+        compiled: whether the casts of weights are compiled, as those in the layers are.
 
     Raises:
         ConfigError: if there is none.
@@ -154,6 +158,7 @@ def compute_in_fp8(engine: deepspeed.DeepSpeedEngine) -> None:
                 found.append(module.float8)
     if not found:
         raise ConfigError(f"precision = 'fp8': {type(model).__name__} has no matmul that suits it; take 'bf16'")
+    caster = torch.compile(cast_weights, dynamic=False) if compiled else cast_weights
     cast_of: list[int] = []  # the optimizer step whose weights are cast
 
     def refresh(*_: Any) -> None:
@@ -161,7 +166,7 @@ def compute_in_fp8(engine: deepspeed.DeepSpeedEngine) -> None:
         if cast_of != [engine.global_steps]:
             cast_of[:] = [engine.global_steps]
             for weights in found:
-                weights.refresh()
+                weights.refresh(caster)
 
     model.register_forward_pre_hook(refresh)
 

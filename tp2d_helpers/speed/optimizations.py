@@ -74,7 +74,7 @@ def optimize(
     if "block_all_reduce" in names:
         (frozen.enter_once_per_block if config.get("lora_rank") else layers.reduce_once_per_block)(model, blocks)
     if config.get("precision") == "fp8":
-        compute_in_fp8(engine)
+        compute_in_fp8(engine, "compile" in names)
     if "peer_copies" in names:
         elements = math.prod(shape) * model.config.get_text_config().hidden_size
         _say("no peer_copies but NCCL", reductions.copy_between_peers(tp_group, elements, model.dtype))
