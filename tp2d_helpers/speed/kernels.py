@@ -1,8 +1,8 @@
 """Triton kernels: AdamW's step in one pass over memory, and the sum of gradients.
 
-Per weight `OnePassAdamW` reads the gradient, the fp32 master and Adam's two moments, and writes the last three and the weight that
-the model computes with: 28 bytes in bf16. PyTorch's fused AdamW needs the gradient in fp32 and leaves the weight to a
-copy; with both passes it is 46 bytes.
+Per weight `OnePassAdamW` reads the gradient, the fp32 master and Adam's two moments, and writes the last three and the
+weight that the model computes with: 28 bytes in bf16. PyTorch's fused AdamW needs the gradient in fp32 and leaves the
+weight to a copy; with both passes it is 46 bytes.
 """
 
 from __future__ import annotations
