@@ -42,7 +42,7 @@ def causal_lm_loss(vocabulary: Vocabulary, compiled: bool) -> Callable[..., torc
         count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         count = torch.as_tensor(count, dtype=torch.float32, device=targets.device)
         if isinstance(logits, Logits):
-            head, hidden = logits.head, logits.hidden.flatten(0, -2)
+            head, hidden = logits.head.module, logits.hidden.flatten(0, -2)
             if logits.made is None and worth_chunks(*hidden.shape, head.weight.requires_grad):
                 step = steps(logits.operations)
                 return HeadLoss.apply(hidden, head.weight, head.bias, targets, count, step, group)
