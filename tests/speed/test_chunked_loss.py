@@ -211,5 +211,5 @@ def test_a_head_of_its_own_is_left_alone() -> None:
 
 def test_where_chunks_save_memory() -> None:
     """The fp32 gradient of a weight with 8,192 columns is as large as 8,192 positions' logits and gradients in bf16."""
-    assert not worth_chunks(4096, 896, True) and worth_chunks(8192, 896, True)
-    assert not worth_chunks(8192, 8192, True) and worth_chunks(16384, 8192, True) and worth_chunks(8192, 8192, False)
+    assert not worth_chunks(4096 + 896, 896, True) and worth_chunks(8192, 896, True)
+    assert not worth_chunks(12288, 8192, True) and worth_chunks(16384, 8192, True) and worth_chunks(8192, 8192, False)

@@ -94,12 +94,12 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def worth_chunks(positions: int, hidden: int, trained: bool) -> bool:
-    """Whether `HeadLoss` takes less memory than `CrossEntropy`, compiled and in bf16.
+    """Whether `HeadLoss` takes less memory than `CrossEntropy`, in bf16.
 
-    Per token id: 2 bytes of logits for each of `ROWS` positions, and 4 for each number of the weight's gradient, if the
-    head is trained; against 4 bytes, of logits and their gradient, for each of all positions.
+    Per token id, it has 4 bytes of a logit and its gradient for each of `ROWS` positions and not of all. It adds, for a
+    head that is trained, 4 bytes for each of `hidden` numbers of the weight's gradient.
     """
-    return positions > ROWS and 4 * positions > 2 * ROWS + 4 * hidden * trained
+    return positions > ROWS + hidden * trained
 
 
 class HeadLoss(torch.autograd.Function):
