@@ -17,7 +17,7 @@ from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.speed import cross_entropy, loss, optimizations
 from tp2d_helpers.speed.cross_entropy import worth_chunks
 from tp2d_helpers.speed.logits import Logits, delay_logits
-from tp2d_helpers.speed.loss import fuse_loss
+from tp2d_helpers.speed.loss import fuse_loss, loss_from_logits
 
 Train = Callable[..., Run]
 SHORT = dict(debug_steps=6, warmup_steps=2)
@@ -107,13 +107,15 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "ROWS", 8)
 
 
-def models(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def models(kind: str, dtype: torch.dtype = torch.float32, from_logits: bool = False) -> tuple[Any, Any]:
     """(a model as `transformers` has it, the same with its loss in chunks), in training."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE, **TYPES[kind])).train()
     for weight in plain.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     ours = copy.deepcopy(plain).to(dtype)
+    if from_logits:
+        loss_from_logits(ours)
     fuse_loss(ours, compiled=False)
     return plain, ours
 
@@ -145,6 +147,15 @@ def test_loss_and_gradients(chunks: None, kind: str, count: int | None) -> None:
     assert output.logits.made is None
     assert ours.loss == pytest.approx(plain.loss, rel=1e-6)
     assert max(differences(ours, plain)) < 1e-5
+
+
+def test_loss_from_logits(chunks: None) -> None:
+    """Of a class that is not given the labels."""
+    plain, ours = models("cohere", from_logits=True)
+    for model in (plain, ours):
+        output = model(**batch(), use_cache=False)
+        output.loss.backward()
+    assert output.logits.made is None and max(differences(ours, plain)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype, scale, count", [(torch.bfloat16, 1.0, 57), (torch.float16, 2.0**16, 10**6)], ids=str)
