@@ -20,7 +20,7 @@ from tp2d_helpers.planning.memory import (
     logit_bytes,
     memory_per_gpu,
 )
-from tp2d_helpers.speed import optimizations
+from tp2d_helpers.speed import cross_entropy, optimizations
 
 GIB = 2**30
 # 2 layers; widths 8 (hidden), 8 (query), 4 (key-value), 16 (MLP) of this rank; 2 heads, 32 tokens ids, 1000 parameters.
@@ -116,6 +116,19 @@ def bytes_kept(hf_config: Any, ids: torch.Tensor, layers: int, backend: str | No
 ])  # fmt: skip
 def test_logits_by_hand(settings: dict[str, Any], per_logit: int) -> None:
     assert logit_bytes(SHARD, Setting(seq_length=6, **settings)) == 6 * 32 * per_logit
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, 32 * (4 * 8 + 10 * 4) + 2 * 8 * 20),  # a chunk's logits are more than the weight's gradient in bf16
+    (dict(lora_rank=1), 32 * 10 * 4 + 2 * 8 * 20),
+    (dict(optimizations=frozenset({"fused_loss"})), 32 * (4 * 8 + 10 * 15) + 2 * 8 * 20),
+    (dict(zero_stage=3), 20 * 32 * 4), (dict(whole_logits=True), 20 * 32 * 4), (dict(seq_length=18), 18 * 32 * 4),
+])  # fmt: skip
+def test_chunks_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: int) -> None:
+    """20 tokens in chunks of 10. Of 18, there would be no less with chunks."""
+    for module in (memory, cross_entropy):
+        monkeypatch.setattr(module, "ROWS", 10)
+    assert logit_bytes(SHARD, Setting(**{"seq_length": 20, "optimizations": ON_GPU, **settings})) == expected
 
 
 def test_state_and_buffers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tp2d_helpers.model.styles import COLUMN, ROW
 from tp2d_helpers.planning import step_time as estimate
 from tp2d_helpers.planning.memory import ON_GPU, Setting, memory_per_gpu
 from tp2d_helpers.planning.step_time import Network, step_time
-from tp2d_helpers.speed import optimizations
+from tp2d_helpers.speed import cross_entropy, optimizations
 from tp2d_helpers.speed.devices import Device, device_named
 
 GIB = 2**30
@@ -60,6 +60,17 @@ def test_work_by_hand(ideal: None) -> None:
     assert found.optimizer == pytest.approx((28 + 7 + 4) * 1000 / 100)
     assert found.tp_communication == found.dp_communication == found.host == 0
     assert found.total == pytest.approx(sum(vars(found).values()))
+
+
+def test_chunks_of_logits_by_hand(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a head of 8 × 32 in fp32, read and written 3 times, then made one in bf16."""
+    for module in (estimate, cross_entropy):
+        monkeypatch.setattr(module, "ROWS", 10)
+    chunks, whole = (
+        step_time(SHARD, Setting(seq_length=30, optimizations=ON_GPU, whole_logits=whole), SIMPLE).total
+        for whole in (False, True)
+    )
+    assert chunks - whole == pytest.approx(8 * 32 * (3 * 8 + 4 + 2) / 100)
 
 
 def test_communication_by_hand(ideal: None) -> None:
@@ -140,7 +151,8 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
         dict(tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"], batch_size_per_gpu=job["micro_batch"],
              gradient_accumulation_steps=job["accumulation"], seq_length=job["seq"],
              activation_checkpointing=job["activation_checkpointing"], optimizations=job["optimizations"],
-             lora_rank=job.get("lora_rank", 0), gradient_dtype=job["gradients"] if "precision" in job else "bf16")
+             lora_rank=job.get("lora_rank", 0), gradient_dtype=job["gradients"] if "precision" in job else "bf16",
+             whole_logits="precision" not in job)
     )  # fmt: skip
     shard = ModelFacts.of_shape(shape).shard(setting.tp_size)
     seconds = step_time(shard, setting, device_named(report["gpu"])).total

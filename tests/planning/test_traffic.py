@@ -21,7 +21,6 @@ from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.traffic import state_bytes, tp_bytes, zero_bytes
-from tp2d_helpers.speed import loss
 
 STEPS, ACCUMULATION, BATCH, SEQ_LENGTH = 2, 3, 2, 64
 # Collective → how often a ring of n ranks sends (n−1)/n of the largest tensor in its arguments.
@@ -90,7 +89,7 @@ def test_sent_and_held_on_2_by_2(
     activations = total(call for call in in_tp_group if call[2] in shapes)
     per_batch = tp_bytes(run.model, 2, BATCH * SEQ_LENGTH, width=4, block_all_reduce=optimizations == "auto")
     assert activations == STEPS * ACCUMULATION * per_batch
-    # What tp_bytes leaves out: the loss's three numbers per token, and Qwen3's q_norm and k_norm.
+    # What tp_bytes leaves out: the loss's two numbers per token and rank, and Qwen3's q_norm and k_norm.
     assert total(in_tp_group) < 1.02 * activations
 
     shard = run.model.shard(2).parameters
@@ -154,7 +153,6 @@ def count_traffic(names: dict[str, Any]) -> None:
     """Put counters around the collectives, from the end of the setup on: what it broadcasts is sent once per run."""
     for name, times in RINGS.items():
         setattr(dist, name, _counted(name, times, getattr(dist, name)))
-    loss.all_reduce = _counted("all_reduce", 2, loss.all_reduce)
     setup = names["setup_model_with_autotp"]
 
     def then_count(*args: Any, **kwargs: Any) -> Any:

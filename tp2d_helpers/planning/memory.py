@@ -14,6 +14,7 @@ from typing import Any
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.model.shard import Shard
 from tp2d_helpers.planning.traffic import state_bytes
+from tp2d_helpers.speed.cross_entropy import ROWS, worth_chunks
 from tp2d_helpers.speed.gradients import BUCKET, in_fp32
 from tp2d_helpers.speed.graphs import host_bound
 from tp2d_helpers.speed.optimizations import chosen_optimizations, peers_copy
@@ -39,7 +40,7 @@ SUMS = 2
 BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
-# softmax and, where it isn't computed in place, one more. `loss.CrossEntropy` adds the gradient only if it is
+# softmax and, where it isn't computed in place, one more. `cross_entropy.CrossEntropy` adds the gradient only if it is
 # compiled ("fused"), else three fp32 tensors and a mask in its backward pass ("separate").
 LOSS_BYTES = {"whole": 8, "vocabulary": 12, "separate": 13, "fused": 2}
 
@@ -69,6 +70,7 @@ class Setting:
     lora_rank: int = 0  # with adapters beside all matrices of a layer: of fewer, it is a bound
     width: int = 2
     optimizations: frozenset[str] = frozenset()
+    whole_logits: bool = False  # a model whose loss can't take its logits in chunks (`Rehearsal.whole_logits`)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Setting:
@@ -111,6 +113,11 @@ class Setting:
         if "fused_loss" in self.optimizations:
             return "fused" if "compile" in self.optimizations else "separate"
         return "vocabulary" if self.tp_size > 1 else "whole"
+
+    def in_chunks(self, shard: Shard) -> bool:
+        """Whether of logits and their gradient there is a chunk at a time (`cross_entropy.HeadLoss`)."""
+        can = "fused_loss" in self.optimizations and self.zero_stage < 3 and not self.whole_logits
+        return can and worth_chunks(self.tokens, shard.hidden, not self.lora_rank)
 
     def trained(self, shard: Shard) -> int:
         """Parameters of a rank that have gradients and an optimizer's state: all, or with LoRA the adapters."""
@@ -200,8 +207,17 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
 
 
 def logit_bytes(shard: Shard, setting: Setting) -> float:
-    """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed."""
-    return setting.tokens * shard.vocabulary * (setting.width + LOSS_BYTES[setting.loss])
+    """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed.
+
+    In chunks: those of a chunk, the gradient of the hidden states, and that of the head's weight in fp32, which the
+    backward pass, without a chunk, makes one in the weight's dtype of.
+    """
+    of_positions = setting.width + LOSS_BYTES[setting.loss]
+    if not setting.in_chunks(shard):
+        return setting.tokens * shard.vocabulary * of_positions
+    column = 0 if setting.lora_rank else shard.hidden
+    per_id = 4 * column + max(ROWS * of_positions, setting.width * column)
+    return shard.vocabulary * per_id + setting.tokens * setting.width * shard.hidden
 
 
 def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:

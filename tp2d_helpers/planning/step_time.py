@@ -15,6 +15,7 @@ from tp2d_helpers.model.shard import Matmul, Shard
 from tp2d_helpers.model.styles import COLUMN
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import all_reduces, zero_bytes
+from tp2d_helpers.speed.cross_entropy import ROWS
 from tp2d_helpers.speed.devices import Device
 
 
@@ -117,7 +118,10 @@ def _element_wise(shard: Shard, setting: Setting, device: Device) -> float:
     again = 1 if setting.activation_checkpointing == "none" else 4 / 3
     layers = again * shard.layers * setting.width * passes
     sums = (setting.width + 2 * setting.gradient_width) * setting.trained(shard) if setting.sums else 0
-    return _moved(setting.tokens * (layers + LOSS_PASSES[setting.loss] * shard.vocabulary) + sums, device)
+    # The head's gradient in fp32: read and written at each chunk, then read once and written in the weight's dtype.
+    chunks = -(-setting.tokens // ROWS) if setting.in_chunks(shard) and not setting.lora_rank else 0
+    head = shard.hidden * shard.vocabulary * (8 * chunks + (4 + setting.width) * bool(chunks))
+    return _moved(setting.tokens * (layers + LOSS_PASSES[setting.loss] * shard.vocabulary) + head + sums, device)
 
 
 def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network) -> float:

@@ -7,6 +7,7 @@ and what would be right.
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
@@ -85,6 +86,7 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
     special = ", equal to one process on a small model" * (config.tp_size > 1)
     special += ", loss computed from the logits" * needs.own_loss
+    special += f", logits computed whole ({needs.whole_logits})" * bool(needs.whole_logits)
     special += f", gradients of {len(needs.summed)} whole weights summed over the ranks" * bool(needs.summed)
     kind = model.config.model_type + (f", the text model of {model.part_of} alone" if model.part_of else "")
     return f"{name}: {kind}, {model.parameters:,} parameters, {weights}", (
@@ -140,8 +142,10 @@ def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, s
     Raises:
         ConfigError: if it is more than the GPU has. Between `SAFE` and all of the GPU, the row says that it is tight.
     """
-    setting = Setting.of(config.model_dump())
-    memory = memory_per_gpu(model.shard(setting.tp_size), setting)
+    setting, shard = Setting.of(config.model_dump()), model.shard(config.tp_size)
+    if setting.in_chunks(shard) and rehearse(model.config, config.tp_size).whole_logits:
+        setting = replace(setting, whole_logits=True)
+    memory = memory_per_gpu(shard, setting)
     share = memory.total / GIB / device.memory
     found = f"{memory.total / GIB:.1f} of {device.memory:.1f} GiB per GPU"
     if share > 1:

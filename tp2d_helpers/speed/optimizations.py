@@ -79,7 +79,7 @@ def optimize(
         elements = math.prod(shape) * model.config.get_text_config().hidden_size
         _say("no peer_copies but NCCL", reductions.copy_between_peers(tp_group, elements, model.dtype))
     if "fused_loss" in names:
-        fuse_loss(model, "compile" in names)
+        fuse_loss(model, "compile" in names, in_chunks=engine.zero_optimization_stage() < 3)
     if "fused_step" in names:
         fuse_step(engine)
     layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
