@@ -190,8 +190,8 @@ def test_setting_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (setting.tp_size, setting.dp_size, setting.zero_stage, setting.width) == (4, 3, 2, 2)
     assert (setting.tokens, setting.global_tokens) == (256, 768)
     assert setting.activation_checkpointing == "none"
-    assert setting.optimizations == ON_GPU - {"peer_copies", "cuda_graph"}
-    assert Setting.of(config.change(tp_size=2).model_dump()).optimizations == ON_GPU - {"cuda_graph"}
+    assert setting.optimizations == ON_GPU - {"peer_copies"}
+    assert Setting.of(config.change(tp_size=2).model_dump()).optimizations == ON_GPU
     assert Setting.of(config.change(tp_size=1).model_dump()).optimizations == ON_GPU - {"peer_copies"}
     on_cpu = Setting.of(config.change(use_gpu=False).model_dump())
     assert on_cpu.width == 4 and "compile" not in on_cpu.optimizations

@@ -154,6 +154,8 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
              lora_rank=job.get("lora_rank", 0), gradient_dtype=job["gradients"] if "precision" in job else "bf16",
              whole_logits="precision" not in job)
     )  # fmt: skip
+    if "precision" not in job and setting.tp_size > 1:  # when "auto" left graphs out
+        setting = replace(setting, optimizations=setting.optimizations - {"cuda_graph"})
     shard = ModelFacts.of_shape(shape).shard(setting.tp_size)
     seconds = step_time(shard, setting, device_named(report["gpu"])).total
     peak = memory_per_gpu(shard, setting).total
