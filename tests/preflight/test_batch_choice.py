@@ -209,6 +209,11 @@ def test_on_cpu_a_share_is_one_micro_batch(cluster: None, tmp_path: Path) -> Non
     assert [getattr(done.config, name) for name in SIZES] == [4, 1, "none"]
     row = next(row for row in done.rows if row[0] == "batch")
     assert row[1] == "CPU, memory is not planned" and row[2].startswith("8 samples per step = batch_size_per_gpu 4")
+    follows = plan.preflight(config.change(batch_size_per_gpu=2))
+    assert follows.config.gradient_accumulation_steps == 2 and "batch" in [row[0] for row in follows.rows]
+    for samples in (0, 7):
+        with pytest.raises(ConfigError, match="global_batch_size"):
+            plan.preflight(config.change(global_batch_size=samples))
 
 
 def test_on_gpus(
