@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.model.facts import ModelFacts
@@ -26,23 +27,18 @@ def fit_batch(config: Config) -> Config:
     """
     samples, micro, count = config.global_batch_size, config.batch_size_per_gpu, config.gradient_accumulation_steps
     auto = micro == "auto"
+    if not samples and auto:
+        raise ConfigError(
+            "batch_size_per_gpu = 'auto': global_batch_size must say how many samples an optimizer step takes (it is "
+            f"0); set it, say to {16 * config.dp_size}"
+        )
     if not samples:
-        if auto:
-            raise ConfigError(
-                "batch_size_per_gpu = 'auto': global_batch_size must say how many samples an optimizer step takes "
-                f"(it is 0); set it, say to {16 * config.dp_size}"
-            )
         return config
     share = config.dp_size * (1 if auto else micro)
     if samples % share:
-        name, value = "dp_size", f"{config.dp_size}"
-        if not auto:
-            name, value = f"batch_size_per_gpu × {name}", f"{micro} × {value} = {share}"
-        near = [n * share for n in (samples // share, samples // share + 1) if n]
-        raise ConfigError(
-            f"global_batch_size = {samples}: must be a multiple of {name} = {value}; take "
-            + " or ".join(map(str, near))
-        )  # fmt: skip
+        names = f"dp_size = {share}" if auto else f"batch_size_per_gpu × dp_size = {micro} × {config.dp_size} = {share}"
+        near = " or ".join(str(n * share) for n in (samples // share, samples // share + 1) if n)
+        raise ConfigError(f"global_batch_size = {samples}: must be a multiple of {names}; take {near}")
     whole = samples // share  # of one sample each, if the micro-batch is still to be chosen
     if count > 1 and (whole % count if auto else whole != count):
         right = f"must divide the {whole} samples of each replica" if auto else f"must be {whole}"
@@ -72,31 +68,33 @@ def choose_batch(
         ConfigError: if nothing fits (with what would), or Ray doesn't say which GPUs there are.
     """
     autos = [name for name in AUTO if getattr(config, name) == "auto"]
-    found, settled = "", config
-    if autos and not config.use_gpu:
-        found = "CPU, memory is not planned"
-        share = config.samples_per_step // config.dp_size // config.gradient_accumulation_steps
-        whole = dict(zip(AUTO, (share, "none"), strict=True))
-        settled = config.change(**{name: whole[name] for name in autos})
-    elif autos:
-        device = _smallest(autos, resources)
-        fitting = _fitting(config, model, device)
-        if not fitting:
-            raise ConfigError(_nothing_fits(autos, config, model, device))
-        best = fitting[0]
-        found = f"fastest of {len(fitting)} that fit: {best.memory.total / GIB:.1f} of {device.memory:.1f} GiB"
-        found += f", by the planner ({constants_of(device).source})"
-        names = (*AUTO, "gradient_accumulation_steps")
-        settled = config.change(**{name: getattr(best.setting, name) for name in names})
-    settled = settled.change(global_batch_size=0)
     if not (autos or config.global_batch_size):
         return config, []
+    values, found = {}, ""
+    if autos and config.use_gpu:
+        values, found = _fastest(autos, config, model, _smallest(autos, resources))
+    elif autos:
+        share = config.samples_per_step // config.dp_size // config.gradient_accumulation_steps
+        whole = dict(zip(AUTO, (share, "none"), strict=True))
+        values, found = {name: whole[name] for name in autos}, "CPU, memory is not planned"
+    settled = config.change(**values, global_batch_size=0)
     chosen = (
         f"{settled.samples_per_step} samples per step = batch_size_per_gpu {settled.batch_size_per_gpu} × dp_size "
         f"{settled.dp_size} × gradient_accumulation_steps {settled.gradient_accumulation_steps}"
     )
     mode = f", activation_checkpointing {settled.activation_checkpointing!r}" * (AUTO[1] in autos)
     return settled, [("batch", found, chosen + mode)]
+
+
+def _fastest(autos: list[str], config: Config, model: ModelFacts, device: Device) -> tuple[dict[str, Any], str]:
+    """(what to set, of how many that fit). Raises `ConfigError` if none does."""
+    fitting = _fitting(config, model, device)
+    if not fitting:
+        raise ConfigError(_nothing_fits(autos, config, model, device))
+    best = fitting[0]
+    full = f"{best.memory.total / GIB:.1f} of {device.memory:.1f} GiB"
+    found = f"fastest of {len(fitting)} that fit: {full}, by the planner ({constants_of(device).source})"
+    return {name: getattr(best.setting, name) for name in (*AUTO, "gradient_accumulation_steps")}, found
 
 
 def _smallest(autos: list[str], resources: dict[str, float]) -> Device:
