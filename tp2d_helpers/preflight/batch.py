@@ -7,6 +7,7 @@ from typing import Any
 
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.rehearsal import rehearse
 from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, MODES, SAFE, Candidate, candidates
 from tp2d_helpers.planning.constants import constants_of
@@ -106,9 +107,11 @@ def _smallest(autos: list[str], resources: dict[str, float]) -> Device:
     return min(devices, key=lambda device: device.memory)
 
 
-def _base(config: Config) -> Setting:
+def _base(config: Config, model: ModelFacts) -> Setting:
     """What isn't chosen of a setting."""
-    return Setting.of({**config.model_dump(), "batch_size_per_gpu": 1, "activation_checkpointing": "none"})
+    whole = bool(rehearse(model.config, config.tp_size).whole_logits)
+    least = dict(batch_size_per_gpu=1, activation_checkpointing="none", whole_logits=whole)
+    return Setting.of({**config.model_dump(), **least})
 
 
 def _modes(config: Config) -> tuple[str, ...]:
@@ -119,7 +122,7 @@ def _modes(config: Config) -> tuple[str, ...]:
 def _fitting(config: Config, model: ModelFacts, device: Device) -> list[Candidate]:
     """The candidates of the grid, the fastest first: what is set stays, and fits at `min_dp_size`, too."""
     found = candidates(
-        model, device, config.num_workers, config.samples_per_step, config.seq_length, base=_base(config),
+        model, device, config.num_workers, config.samples_per_step, config.seq_length, base=_base(config, model),
         tp_sizes=[config.tp_size], zero_stages=[config.zero_stage], modes=_modes(config),
         constants=constants_of(device),
     )  # fmt: skip
@@ -150,7 +153,7 @@ def _nothing_fits(autos: list[str], config: Config, model: ModelFacts, device: D
     if micro == "auto":
         count = config.gradient_accumulation_steps
         micro = 1 if count == 1 else share // count
-    setting = replace(_base(config), batch_size_per_gpu=micro, gradient_accumulation_steps=share // micro,
+    setting = replace(_base(config, model), batch_size_per_gpu=micro, gradient_accumulation_steps=share // micro,
                       activation_checkpointing=_modes(config)[-1])  # fmt: skip
     setting = _with_fewest_replicas(config, setting)
     memory = memory_per_gpu(model.shard(config.tp_size), setting)
