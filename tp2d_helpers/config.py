@@ -61,8 +61,9 @@ class Config(BaseModel):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     use_gpu: bool | Literal["auto"] = "auto"
     # Optimization.
-    batch_size_per_gpu: PositiveInt = 1
+    batch_size_per_gpu: PositiveInt | Literal["auto"] = 1
     gradient_accumulation_steps: PositiveInt = 1
+    global_batch_size: NonNegativeInt = 0
     seq_length: Annotated[int, Field(ge=2)] = 512
     num_epochs: PositiveInt = 1
     learning_rate: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = 1e-5
@@ -77,7 +78,7 @@ class Config(BaseModel):
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
     gradient_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
     optimizations: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     # LoRA: adapters are trained, and the model's own weights stay as they are.
@@ -172,8 +173,13 @@ class Config(BaseModel):
         return self.tp_size * self.dp_size
 
     @property
-    def global_batch_size(self) -> int:
-        """Samples in one optimizer step. The ranks of a TP group share their samples, so tp_size is no factor."""
+    def samples_per_step(self) -> int:
+        """Samples in one optimizer step. The ranks of a TP group share their samples, so tp_size is no factor.
+
+        Where the micro-batch is still to be chosen, those that are asked for.
+        """
+        if self.batch_size_per_gpu == "auto":
+            return self.global_batch_size
         return self.batch_size_per_gpu * self.dp_size * self.gradient_accumulation_steps
 
     @property
@@ -221,7 +227,8 @@ def make_config(**settings: Any) -> Config:
             name = str(item["loc"][0])
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.5)
+                near = [field for field in Config.model_fields if name and field.startswith(name)]
+                near += difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.5)
                 message = "unknown parameter; " + (f"did you mean {near[0]}?" if near else "see the parameters cell")
             elif item["type"] != "literal_error" and (hint := _how_to_write(name, item["input"])):
                 message += f"; {hint}"

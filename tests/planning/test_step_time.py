@@ -14,9 +14,10 @@ from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.model.styles import COLUMN, ROW
-from tp2d_helpers.planning import step_time as estimate
+from tp2d_helpers.planning import step_time as step_time_module
+from tp2d_helpers.planning.constants import HOST_LAYER, HOST_STEP, Constants
 from tp2d_helpers.planning.memory import ON_GPU, Setting, memory_per_gpu
-from tp2d_helpers.planning.step_time import Network, step_time
+from tp2d_helpers.planning.step_time import Network, StepTime, step_time
 from tp2d_helpers.speed import cross_entropy, optimizations
 from tp2d_helpers.speed.devices import Device, device_named
 
@@ -37,18 +38,17 @@ def model(name: str) -> ModelFacts:
     return ModelFacts.of_shape(SHAPES[name])
 
 
-@pytest.fixture
-def ideal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every device at its datasheet's speed, and a host that takes no time."""
-    shares = {name: 0.0 if name in ("hidden", "latency") else 1.0 for name in estimate.MEASURED}
-    monkeypatch.setattr(estimate, "MEASURED", shares)
-    monkeypatch.setattr(estimate, "HOST_LAYER", dict.fromkeys(estimate.HOST_LAYER, 0.0))
-    monkeypatch.setattr(estimate, "HOST_STEP", 0.0)
+# Every device at its datasheet's speed, and a host that takes no time.
+IDEAL = Constants(matmuls=1, attention=1, memory=1, links=1, network=1, hidden=0, latency=0, host=0)
 
 
-def test_work_by_hand(ideal: None) -> None:
+def ideal_time(*arguments: Any, **changes: float) -> StepTime:
+    return step_time(SHARD, *arguments, constants=replace(IDEAL, **changes))
+
+
+def test_work_by_hand() -> None:
     """3 tokens, 2 micro-batches, tp 1: products with their traffic, attention, the optimizer and its norm."""
-    found = step_time(SHARD, Setting(seq_length=3, gradient_accumulation_steps=2, optimizations=ON_GPU), SIMPLE)
+    found = ideal_time(Setting(seq_length=3, gradient_accumulation_steps=2, optimizations=ON_GPU), SIMPLE)
     matmuls = [*LAYER, *LAYER, (8, 32)]
     work = sum(3 * 2 * 3 * k * n for k, n in matmuls) / 1000
     traffic = sum(3 * 2 * (3 * k + k * n + 3 * n) for k, n in matmuls) / 100
@@ -62,63 +62,61 @@ def test_work_by_hand(ideal: None) -> None:
     assert found.total == pytest.approx(sum(vars(found).values()))
 
 
-def test_chunks_of_logits_by_hand(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a head of 8 × 32 in fp32, read and written 3 times, then made one in bf16."""
-    for module in (estimate, cross_entropy):
+    for module in (step_time_module, cross_entropy):
         monkeypatch.setattr(module, "ROWS", 10)
     chunks, whole = (
-        step_time(SHARD, Setting(seq_length=30, optimizations=ON_GPU, whole_logits=whole), SIMPLE).total
+        ideal_time(Setting(seq_length=30, optimizations=ON_GPU, whole_logits=whole), SIMPLE).total
         for whole in (False, True)
     )
     assert chunks - whole == pytest.approx(8 * 32 * (3 * 8 + 4 + 2) / 100)
 
 
-def test_communication_by_hand(ideal: None) -> None:
+def test_communication_by_hand() -> None:
     """4 all-reduces per layer and one for the head, of 3 × 8 numbers in bf16; without blocks 7. DP: 3 passes.
 
     Blocks let what fits hide behind the gradients of the column-wise weights.
     """
-    blocks = step_time(SHARD, Setting(tp_size=2, seq_length=3, optimizations=ON_GPU), SIMPLE)
+    blocks = ideal_time(Setting(tp_size=2, seq_length=3, optimizations=ON_GPU), SIMPLE)
     each, behind = 2 * 3 * 8 / 10, 2 * 2 * 3 * sum(k * n for k, n in [*LAYER[:3], *LAYER[4:6]]) / 1000
     assert behind < 4 * each and blocks.tp_communication == pytest.approx((2 * 4 + 1) * each - behind)
     many = Setting(tp_size=2, seq_length=4096, optimizations=ON_GPU)
-    together = step_time(SHARD, replace(many, optimizations=ON_GPU - {"peer_copies"}), SIMPLE).tp_communication
-    halves = together - step_time(SHARD, many, SIMPLE).tp_communication  # of 2 layers' forward sums
+    together = ideal_time(replace(many, optimizations=ON_GPU - {"peer_copies"}), SIMPLE).tp_communication
+    halves = together - ideal_time(many, SIMPLE).tp_communication  # of 2 layers' forward sums
     assert halves == pytest.approx(2 * 2 / 2 * 2 * 4096 * 8 / 10)
-    every = step_time(SHARD, Setting(tp_size=2, seq_length=3), SIMPLE)
+    every = ideal_time(Setting(tp_size=2, seq_length=3), SIMPLE)
     assert every.tp_communication == pytest.approx((2 * 7 + 1) * each)
-    replicas = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE)
+    replicas = ideal_time(Setting(dp_size=4, seq_length=3), SIMPLE)
     assert replicas.dp_communication == pytest.approx(3 / 4 * (4 + 2) * 1000 / 10)
-    outside = step_time(SHARD, Setting(dp_size=4, seq_length=3), SIMPLE, Network(gpus_per_node=2, bandwidth=5))
+    outside = ideal_time(Setting(dp_size=4, seq_length=3), SIMPLE, Network(gpus_per_node=2, bandwidth=5))
     assert outside.dp_communication == pytest.approx(2 * replicas.dp_communication)
 
 
-def test_what_zero_hides(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_zero_hides() -> None:
     """The gradients' reduction behind the backward pass; the gather after the step, and stage 3, behind nothing."""
-    monkeypatch.setitem(estimate.MEASURED, "hidden", 1.0)
-    found = step_time(SHARD, Setting(dp_size=4, seq_length=3), replace(SIMPLE, link_bandwidth=1e3))
+    found = ideal_time(Setting(dp_size=4, seq_length=3), replace(SIMPLE, link_bandwidth=1e3), hidden=1.0)
     gather = 3 / 4 * 2 * 1000 / 1e3
     assert found.dp_communication == pytest.approx(gather)
-    third = step_time(SHARD, Setting(dp_size=4, seq_length=3, zero_stage=3), replace(SIMPLE, link_bandwidth=1e3))
+    third = ideal_time(Setting(dp_size=4, seq_length=3, zero_stage=3), replace(SIMPLE, link_bandwidth=1e3))
     assert third.dp_communication == pytest.approx((2 + 2) * gather)  # two gathers, and sums of twice their width
 
 
-def test_the_host_is_the_floor(ideal: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that takes 10,000 s to launch is what the step takes, whatever the GPU does."""
-    monkeypatch.setattr(estimate, "HOST_LAYER", {"eager": 1e4, "compiled": 5e3, "graph": 2e3})
+def test_the_host_is_the_floor() -> None:
+    """What a host that is 10⁶ times slower takes to launch is what the step takes, whatever the GPU does."""
     setting = Setting(seq_length=3, gradient_accumulation_steps=3)
-    assert step_time(SHARD, setting, SIMPLE).total == pytest.approx(3 * 2 * 1e4)
     compiled = replace(setting, optimizations=ON_GPU - {"cuda_graph"})
-    assert step_time(SHARD, compiled, SIMPLE).total == pytest.approx(3 * 2 * 5e3)
     graphs = replace(setting, optimizations=ON_GPU)
-    assert step_time(SHARD, graphs, SIMPLE).total == pytest.approx(3 * 2 * 2e3)
+    for asked, kind in ((setting, "eager"), (compiled, "compiled"), (graphs, "graph")):
+        seconds = 1e6 * (3 * 2 * HOST_LAYER[kind] + HOST_STEP)
+        assert ideal_time(asked, SIMPLE, host=1e6).total == pytest.approx(seconds)
 
 
-def test_recomputation_costs_a_forward_pass(ideal: None) -> None:
+def test_recomputation_costs_a_forward_pass() -> None:
     """A third more of the layers' matmuls, none of the head's, and two more all-reduces per layer."""
     setting = Setting(tp_size=2, seq_length=3)
-    plain = step_time(SHARD, setting, SIMPLE)
-    full = step_time(SHARD, replace(setting, activation_checkpointing="full"), SIMPLE)
+    plain = ideal_time(setting, SIMPLE)
+    full = ideal_time(replace(setting, activation_checkpointing="full"), SIMPLE)
     forward = [2 * (2 * 3 * k * n / 1000 + 2 * (3 * k + k * n + 3 * n) / 100) for k, n in LAYER]
     assert full.matmuls - plain.matmuls == pytest.approx(sum(forward))
     assert full.tp_communication - plain.tp_communication == pytest.approx(2 * 2 * 2 * 3 * 8 / 10)

@@ -147,6 +147,7 @@ def test_the_way_to_write_it_is_named(name: str, value: Any, right: str) -> None
     ("dataset_percentage", 0, "greater than 0"), ("dataset_percentage", 100.1, "less than or equal to 100"),
     ("tp_size", 0, "greater than or equal to 1"), ("dp_size", -2, "greater than or equal to 1"),
     ("batch_size_per_gpu", 0, "greater than or equal to 1"), ("gradient_accumulation_steps", 0, "equal to 1"),
+    ("global_batch_size", -1, "greater than or equal to 0"),
     ("seq_length", 1, "greater than or equal to 2"), ("num_epochs", 0, "greater than or equal to 1"),
     ("eval_samples", -1, "greater than or equal to 0"), ("eval_interval", -1, "greater than or equal to 0"),
     ("min_dp_size", -1, "greater than or equal to 0"), ("hang_timeout_seconds", -1, "greater than or equal to 0"),

@@ -169,7 +169,7 @@ def test_metrics_are_as_promised(life: SimpleNamespace) -> None:
              "mfu", "peak_memory_gib", "eval_loss"}  # fmt: skip
     for record in life.records:
         assert set(record) == names
-        assert record["tokens"] == life.config.global_batch_size * life.config.seq_length
+        assert record["tokens"] == life.config.samples_per_step * life.config.seq_length
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["step_seconds"])
         assert record["mfu"] is None and 0 < record["peak_memory_gib"] < 24
     assert life.records[-1]["loss"] < life.records[0]["loss"] - 0.3

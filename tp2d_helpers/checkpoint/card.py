@@ -17,6 +17,7 @@ from tp2d_helpers.demo import BUILT, display_name
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Settings that have lines of their own, or don't decide what is trained.
 LEFT_OUT = {"model_name", "dataset_name", "tp_size", "dp_size", "zero_stage", "precision", "use_gpu", "log_interval",
+            "global_batch_size",  # handed on as 0: what three others give
             "eval_interval", "sample_prompts", "checkpoint_interval", "checkpoints_to_keep", "keep_checkpoints_by",
             "async_checkpoint", "trust_checkpoint", "trust_remote_code", "storage_path", "experiment_name",
             "trackers", "max_failures", "min_dp_size", "hang_timeout_seconds", "cluster_wait_seconds"}  # fmt: skip

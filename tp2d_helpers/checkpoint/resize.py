@@ -48,7 +48,7 @@ def fit_to_world(config: dict[str, Any], world_size: int) -> dict[str, Any]:
     if world_size % planned.tp_size:
         raise ValueError(f"{world_size} workers don't make whole TP groups of {planned.tp_size}")
     config = planned.change(dp_size=world_size // planned.tp_size)
-    return fit_global_batch(config, planned.global_batch_size).model_dump()
+    return fit_global_batch(config, planned.samples_per_step).model_dump()
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ def continue_run(config: Config) -> Config:
     """Fit a config to the run that is in its folder, if there is one.
 
     From its first checkpoint on, a run's global batch stays: given another grid or micro-batch,
-    `gradient_accumulation_steps` follows. Before that, nothing has been trained that it could be at odds with.
+    `gradient_accumulation_steps` follows, or where the micro-batch is "auto", preflight chooses both. Before that,
+    nothing has been trained that it could be at odds with.
 
     Raises:
         ConfigError: if the config would not continue that run (with the settings that differ), or the checkpoint can't
@@ -95,7 +96,15 @@ def continue_run(config: Config) -> Config:
             f"{then.zero_stage}, tp_size {then.tp_size}; to and from stage 0 both must stay (dp_size may change), as "
             "DeepSpeed can't convert its checkpoints"
         )
-    return fit_global_batch(config, then.global_batch_size)
+    samples = then.samples_per_step
+    if config.global_batch_size not in (0, samples):
+        raise ConfigError(
+            f"global_batch_size = {config.global_batch_size}: the run's is {samples}, and stays as it was when the run "
+            f"began; take {samples} or 0, or another experiment_name"
+        )
+    if config.batch_size_per_gpu == "auto":
+        return config.change(global_batch_size=samples)
+    return fit_global_batch(config, samples)
 
 
 def changes(then: dict[str, Any], config: Config) -> str:

@@ -1,4 +1,7 @@
-"""Bytes sent, bytes held and seconds of a step, predicted from the settings alone; and what fits, the fastest first."""
+"""Bytes sent, bytes held and seconds of a step, predicted from the settings alone; and what fits, the fastest first.
+
+`python -m tp2d_helpers.planning.calibrate` measures the machine that the seconds are of.
+"""
 
 from tp2d_helpers import lazy
 

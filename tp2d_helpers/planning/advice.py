@@ -6,6 +6,7 @@ from typing import Any
 
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.candidates import GIB, MODES, SAFE, Candidate, candidates
+from tp2d_helpers.planning.constants import constants_of
 from tp2d_helpers.planning.memory import Memory, Setting
 from tp2d_helpers.planning.step_time import step_time
 from tp2d_helpers.speed.devices import Device
@@ -14,16 +15,26 @@ WAYS = 3  # that a refusal names
 
 
 def advice(model: ModelFacts, device: Device, setting: Setting, memory: Memory) -> str:
-    """The ways out of a setting that doesn't fit, in words, with the GiB and the speed predicted of each."""
+    """The ways out of a setting that doesn't fit, in words, with the GiB and the speed predicted of each.
+
+    And that "auto" finds them by itself, if it does: what it takes is within `SAFE` of the GPU, as predicted.
+    """
     found = ways_out(model, device, setting, min(SAFE * device.memory * GIB, SAFE * memory.total))
     if not found:
         return (
             "No micro-batch, checkpointing, ZeRO stage or tp_size on as many GPUs fits: take more GPUs, a smaller "
             f"model, or a seq_length below {setting.seq_length}."
         )
-    before = step_time(model.shard(setting.tp_size), setting, device).total
+    before = step_time(model.shard(setting.tp_size), setting, device, constants=constants_of(device)).total
     texts = [_describe_way(setting, way, before) for way in found]
-    return "What fits, with the same GPUs and global batch, the fastest first: " + "; or ".join(texts) + "."
+    ways = "What fits, with the same GPUs and global batch, the fastest first: " + "; or ".join(texts) + "."
+    names = {"batch_size_per_gpu", "activation_checkpointing"}
+    alone = any(_changes(setting, way.setting).keys() <= names for way in found)
+    if alone and memory.total > SAFE * device.memory * GIB:
+        samples = setting.global_tokens // setting.seq_length
+        ways += f' batch_size_per_gpu = "auto" with global_batch_size = {samples} takes the fastest micro-batch that '
+        ways += 'fits; activation_checkpointing can be "auto", too.'
+    return ways
 
 
 def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) -> list[Candidate]:
@@ -36,8 +47,9 @@ def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) 
     stages = range(setting.zero_stage, 4) if setting.dp_size > 1 else [setting.zero_stage]
     modes = MODES[MODES.index(setting.activation_checkpointing) :]
     found = candidates(
-        model, device, gpus, batch, setting.seq_length, base=setting, zero_stages=stages, modes=modes, limit=limit
-    )
+        model, device, gpus, batch, setting.seq_length, base=setting, zero_stages=stages, modes=modes, limit=limit,
+        constants=constants_of(device),
+    )  # fmt: skip
     best: dict[frozenset[str], Candidate] = {}
     for candidate in found:
         best.setdefault(frozenset(_changes(setting, candidate.setting)), candidate)

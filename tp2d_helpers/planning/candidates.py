@@ -14,6 +14,7 @@ from typing import Any
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.shard import Shard
+from tp2d_helpers.planning.constants import Constants
 from tp2d_helpers.planning.memory import ON_GPU, Memory, Setting, memory_per_gpu
 from tp2d_helpers.planning.step_time import Network, StepTime, step_time
 from tp2d_helpers.speed.devices import Device
@@ -62,6 +63,7 @@ def candidates(
     modes: Sequence[str] = MODES,
     limit: float | None = None,
     network: Network | None = None,
+    constants: Constants | None = None,
 ) -> list[Candidate]:
     """All ways to run `global_batch` samples per step on `gpus` that fit, the fastest first.
 
@@ -69,6 +71,7 @@ def candidates(
         base: the rest of the setting (master weights, width, optimizations); the default is what runs on GPUs.
         tp_sizes: to try; the default is every divisor of `gpus` within a node.
         limit: bytes of tensors per GPU; the default is `SAFE` of the device's memory.
+        constants: of the machine; the default is those of H200.
     """
     base, network = base or Setting(optimizations=ON_GPU), network or Network()
     limit = SAFE * device.memory * GIB if limit is None else limit
@@ -86,7 +89,7 @@ def candidates(
                                   activation_checkpointing=mode)  # fmt: skip
                 memory = memory_per_gpu(shard, setting)
                 if memory.total <= limit:
-                    found.append(Candidate(setting, memory, step_time(shard, setting, device, network)))
+                    found.append(Candidate(setting, memory, step_time(shard, setting, device, network, constants)))
     return sorted(found, key=lambda candidate: -candidate.tokens_per_second_per_gpu)
 
 
@@ -107,7 +110,7 @@ def fastest(model: ModelFacts, device: Device, gpus: int, global_batch: int, seq
 
 def _shard(model: ModelFacts, tp_size: int) -> Shard | None:
     try:
-        return model.shard(tp_size) if model.vocabulary % tp_size == 0 else None
+        return model.shard(tp_size)
     except ConfigError:
         return None
 

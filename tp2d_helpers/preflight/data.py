@@ -26,7 +26,7 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, TokenDataset, st
     """
     removed = clear_cache()
     data, apart = _samples(config, model)
-    size, kind = config.global_batch_size, "padded" if data.packing is False else "packed"
+    size, kind = config.samples_per_step, "padded" if data.packing is False else "packed"
     if data.samples < size:
         held_out = f" and {config.eval_samples} held out (eval_samples)" if len(data) > data.samples else ""
         raise ConfigError(

@@ -93,7 +93,7 @@ def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> 
     if config.gradient_accumulation_steps != given.gradient_accumulation_steps:
         chosen.append(
             f"gradient_accumulation_steps {config.gradient_accumulation_steps}, so that a step keeps its "
-            f"{config.global_batch_size} samples"
+            f"{config.samples_per_step} samples"
         )
     if manifest["epoch_step"] >= steps:
         chosen.append(f"epoch {manifest['epoch'] + 1} is over: {manifest['epoch_step']} steps of {steps} are done")

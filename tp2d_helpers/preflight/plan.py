@@ -18,6 +18,7 @@ from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.data.files import absolute_name
 from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.preflight.batch import choose_batch, fit_batch
 from tp2d_helpers.preflight.checks import (
     check_lora,
     check_memory,
@@ -88,6 +89,7 @@ def preflight(config: Config) -> Plan:
     config, why = settle(config, resources)
     check_resilience(config)
     then, config = config, continue_run(config.change(precision=settled_precision(config, resources)))
+    config = fit_batch(config)
     rows = [("versions", check_versions(), "")]
     workers = f"{config.num_workers} worker{'s' * (config.num_workers > 1)}"
     rows.append(("cluster", describe_cluster(resources), f"{workers} on {why}"))
@@ -98,7 +100,8 @@ def preflight(config: Config) -> Plan:
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))
     rows += check_lora(config, model)
-    rows += check_memory(config, model, resources)
+    config, chosen = choose_batch(config, model, resources)
+    rows += [*check_memory(config, model, resources), *chosen]
     placement = describe_placement(config, model, counts)
     steps, data, *described = check_data(config, model)
     config = config.change(packing=data.packing)

@@ -22,7 +22,7 @@ from tp2d_helpers.speed import documents
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 
 # Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
-# them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at 0.45 PFLOP/s of small matmuls. The planner goes by it.
+# them: 2.8 ms for a compiled layer (`constants.HOST_LAYER`), at 0.45 PFLOP/s of small matmuls. The planner goes by it.
 # Hosts differ by a factor of two, so a run measures if it is below `DOUBT` times as many.
 HOST_BOUND, DOUBT = 1.25e12, 6
 # Of the time that passes take, the share spent launching them from which on the GPU waits for its host.

@@ -89,11 +89,12 @@ class PreemptionNotice:
 def possible_dp_sizes(config: Config) -> list[int]:
     """The numbers of replicas, from min_dp_size to dp_size, that can share out the global batch, in rising order.
 
-    Only dp_size itself, if min_dp_size is 0.
+    Only dp_size itself, if min_dp_size is 0. A micro-batch that is still to be chosen counts as one sample.
     """
     fewest = config.min_dp_size or config.dp_size
-    shares = {n: config.batch_size_per_gpu * n for n in range(fewest, config.dp_size + 1)}
-    return [n for n, share in shares.items() if config.global_batch_size % share == 0]
+    micro = 1 if config.batch_size_per_gpu == "auto" else config.batch_size_per_gpu
+    shares = {n: micro * n for n in range(fewest, config.dp_size + 1)}
+    return [n for n, share in shares.items() if config.samples_per_step % share == 0]
 
 
 def first_size(config: Config, resources: dict[str, float]) -> Config:
