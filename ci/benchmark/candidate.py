@@ -77,7 +77,7 @@ def peak_gib(device: torch.device) -> float | None:
 
 def train(trainer: Trainer, job: dict[str, Any], device: torch.device, began: float) -> dict[str, Any]:
     """Train `steps` optimizer steps; times of all of them in ms, losses, tokens and peak memory."""
-    clock, losses, norms, useful = Clock(), [], [], []
+    clock, losses, norms, useful, scales = Clock(), [], [], [], []
     source = batches(job, trainer)
     found: dict[str, Any] = {}
     clock.mark()
@@ -85,6 +85,7 @@ def train(trainer: Trainer, job: dict[str, Any], device: torch.device, began: fl
         micro_batches, real = next(source)
         losses.append(trainer.step(micro_batches).float())
         norms.append(trainer.norm())
+        scales += [trainer.loss_scale()] if trainer.loss_scale else []
         useful.append(real)
         clock.mark()
         if step == 0:
@@ -98,6 +99,7 @@ def train(trainer: Trainer, job: dict[str, Any], device: torch.device, began: fl
         step_ms=milliseconds,
         losses=finite((mean / dist.get_world_size()).tolist()),
         grad_norms=finite([math.nan if norm is None else float(norm) for norm in norms]),
+        **({"loss_scales": [float(scale) for scale in scales]} if scales else {}),
         useful_tokens=useful,
         tokens=[per_step] * len(useful),
         peak_gib=peak_gib(device),

@@ -95,19 +95,27 @@ def main() -> None:
         if error := making.wait(240):
             raise SystemExit(f"the inputs could not be made: {error}")
         report |= making.found()
-        run["losses"] = {}
+        run |= dict(losses={}, grad_norms={}, step_ms={}, peak_gib={})
         for precision in options.precisions:
             folder = options.scratch / "jobs" / f"{shape}-{precision}"
             job = Job("candidate.py", job_of(run, precision, options), 1, folder, env)
             job.release()
             if error := job.wait(options.time_limit):
                 raise SystemExit(f"{text} in {precision}: {error}")
-            run["losses"][precision] = job.found()["losses"]
+            found = job.found()
+            run["losses"][precision] = found["losses"]
+            run["grad_norms"][precision] = found["grad_norms"]
+            if "loss_scales" in found:  # of a step that was left out, the norm isn't finite
+                scales, norms = found["loss_scales"], found["grad_norms"]
+                left_out = [step for step, norm in enumerate(norms, 1) if norm is None]
+                run["loss_scale"] = dict(first=scales[0], last=scales[-1], lowest=min(scales), left_out=left_out)
+            run["step_ms"][precision] = sorted(found["step_ms"])[len(found["step_ms"]) // 2]
+            run["peak_gib"][precision] = found["peak_gib"]
         run["difference"] = {name: difference(run["losses"], name) for name in options.precisions[1:]}
         del run["model"]
         report["runs"].append(run)
         options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        print(text, run["difference"], flush=True)
+        print(text, *(run.get(name) for name in ("difference", "step_ms", "peak_gib", "loss_scale")), flush=True)
     if options.plot:
         draw(report, options.plot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters
 from tp2d_helpers.planning.traffic import state_bytes
+from tp2d_helpers.speed.optimizer import loss_scale
 from tp2d_helpers.train import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,7 @@ class Trainer:
     update: tuple[Any, str]  # an object and the name of its method that ends with the optimizer's update
     norm: Callable[[], torch.Tensor | float | None]  # of the newest step's gradients, before clipping
     state_bytes: float  # weights, masters and moments on this rank: what must be there before the first step
+    loss_scale: Callable[[], torch.Tensor | float] | None = None  # of fp16, after a step
     adapters: int = 0  # parameters of LoRA's, which alone are trained
 
 
@@ -42,7 +45,7 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         model_name=job["model"], tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"],
         batch_size_per_gpu=job["micro_batch"], gradient_accumulation_steps=job["accumulation"],
         seq_length=job["seq"], activation_checkpointing=job["activation_checkpointing"],
-        precision="fp8" if job["precision"] == "fp8" else "auto",
+        precision=job["precision"] if torch.cuda.is_available() or job["precision"] != "bf16" else "auto",
         gradient_dtype=job["gradients"] if torch.cuda.is_available() and not job["lora_rank"] else "auto",
         packing="documents" if job.get("packing") == "documents" else True,
         optimizations=job["optimizations"], learning_rate=job.get("learning_rate", 1e-5), weight_decay=0.01,
@@ -64,6 +67,7 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
         step=lambda micro_batches: train_step(engine, micro_batches),
         update=(engine, "step"),
         norm=engine.get_global_grad_norm,
+        loss_scale=functools.partial(loss_scale, engine) if engine.fp16_enabled() else None,
         state_bytes=frozen + held["weights"] + held["masters and moments"],
         adapters=adapter_parameters(model.meta, config),
     )

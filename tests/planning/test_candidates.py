@@ -47,7 +47,8 @@ def test_candidates_fit_and_are_sorted() -> None:
 def test_tp_where_the_model_does_not_fit_without() -> None:
     """Plain data parallelism is faster for what fits; on 2 GPUs of 80 GiB, the 7B model needs TP or recomputation."""
     assert fastest(SMALL, H200, 2, 32, 1024).setting.tp_size == 1
-    large = fastest(SEVEN, device_named("H100"), 2, 8, 2048, modes=["none"])
+    base = Setting(optimizations=ON_GPU, gradient_dtype="bf16")
+    large = fastest(SEVEN, device_named("H100"), 2, 8, 2048, modes=["none"], base=base)
     assert large.setting.tp_size == 2 and large.memory.total <= SAFE * 79.1 * GIB
     with pytest.raises(ConfigError, match="nothing fits into 1 × H100 of 79 GiB at a global batch of 8 samples"):
         fastest(SEVEN, device_named("H100"), 1, 8, 4096)

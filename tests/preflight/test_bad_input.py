@@ -161,7 +161,7 @@ def test_the_way_to_write_it_is_named(name: str, value: Any, right: str) -> None
     ("log_interval", 0, "greater than or equal to 1"), ("checkpoint_interval", -1, "greater than or equal to 0"),
     ("checkpoints_to_keep", 0, "greater than or equal to 1"), ("max_failures", -1, "greater than or equal to 0"),
     ("lora_rank", -1, "equal to 0"), ("lora_alpha", 0, "greater than 0"), ("lora_dropout", 1, "less than 1"),
-    ("cluster_wait_seconds", -1, "equal to 0"), ("precision", "fp8", "'auto', 'bf16', 'fp16' or 'fp32'"),
+    ("cluster_wait_seconds", -1, "equal to 0"), ("precision", "int8", "'auto', 'bf16', 'fp16', 'fp32' or 'fp8'"),
     ("master_weights", "fp16", "'fp32' or 'bf16'"), ("model_name", "", "at least 1 character"),
     ("dataset_name", "", "at least 1 character"), ("text_column", "", "at least 1 character"),
     ("experiment_name", "", "a plain folder name"),
@@ -552,6 +552,23 @@ def test_sums_of_gradients(refused: Callable[..., None], settings: dict[str, Any
     refused(*words, **settings)
 
 
+def test_fp8_on_a_cpu(refused: Callable[..., None]) -> None:
+    refused("precision = 'fp8': CPUs can't", "Hopper", "'bf16'", precision="fp8")
+
+
+@pytest.mark.parametrize("settings, gpu, words", [
+    (dict(), "A100", "A100 can't"), (dict(zero_stage=3), "H100", "with zero_stage = 3"),
+    (dict(lora_rank=8), "H200", "with lora_rank = 8"),
+    (dict(seq_length=100), "H100", "= 100: must be a multiple of 16"),
+    (dict(optimizations="compile"), "H100", "needs block_all_reduce"),
+])  # fmt: skip
+def test_fp8_refused(settings: dict[str, Any], gpu: str, words: str) -> None:
+    config = make_config(precision="fp8", use_gpu=True, **settings)
+    with pytest.raises(ConfigError, match="precision = 'fp8'") as error:
+        checks.check_precision(config, {f"accelerator_type:{gpu}": 1.0})
+    assert words in str(error.value)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_on_cpu(
     monkeypatch: pytest.MonkeyPatch, precision: str, tmp_path: Path, tiny_model: Callable[[str], Path]
@@ -737,6 +754,8 @@ def test_shares_of_a_core_fit_and_come_back(cluster: dict[str, float]) -> None:
      ("bf16 in hardware", "bf16, bf16 master weights, bf16 gradient sums, NCCL")),
     (dict(use_gpu=True, gradient_dtype="bf16"), GPUS,
      ("bf16 in hardware", "bf16, fp32 master weights, bf16 gradient sums, NCCL")),
+    (dict(use_gpu=True, precision="fp8"), {"accelerator_type:H100": 1.0},
+     ("bf16 in hardware", "fp8 matmuls in bf16, fp32 master weights, fp32 gradient sums, NCCL")),
     (dict(use_gpu=True), OLD_GPUS,
      ("no bf16 in hardware", "fp16 with loss scaling, fp32 master weights, fp32 gradient sums, NCCL")),
     (dict(use_gpu=True, zero_stage=0), OLD_GPUS,

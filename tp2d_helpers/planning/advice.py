@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tp2d_helpers.model.facts import ModelFacts
@@ -40,16 +41,22 @@ def advice(model: ModelFacts, device: Device, setting: Setting, memory: Memory) 
 def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) -> list[Candidate]:
     """Up to `WAYS` changes that need no more than `limit` bytes per GPU, with the same GPUs and global batch.
 
-    The fastest of each single change (micro-batch, checkpointing, ZeRO stage, tp_size) come before several changes at
+    The fastest of each single change (micro-batch, checkpointing, ZeRO stage, tp_size, gradient_dtype) come before several changes at
     once; the result is in the order of speed.
     """
     gpus, batch = setting.tp_size * setting.dp_size, setting.global_tokens // setting.seq_length
     stages = range(setting.zero_stage, 4) if setting.dp_size > 1 else [setting.zero_stage]
     modes = MODES[MODES.index(setting.activation_checkpointing) :]
-    found = candidates(
-        model, device, gpus, batch, setting.seq_length, base=setting, zero_stages=stages, modes=modes, limit=limit,
-        constants=constants_of(device),
-    )  # fmt: skip
+    dtypes = {setting.gradient_dtype, "bf16"} if setting.width == 2 else {setting.gradient_dtype}
+    found = [
+        candidate
+        for dtype in dtypes
+        for candidate in candidates(
+            model, device, gpus, batch, setting.seq_length, base=replace(setting, gradient_dtype=dtype),
+            zero_stages=stages, modes=modes, limit=limit, constants=constants_of(device),
+        )
+    ]  # fmt: skip
+    found.sort(key=lambda candidate: -candidate.tokens_per_second_per_gpu)
     best: dict[frozenset[str], Candidate] = {}
     for candidate in found:
         best.setdefault(frozenset(_changes(setting, candidate.setting)), candidate)
@@ -60,7 +67,7 @@ def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) 
 
 def _changes(before: Setting, after: Setting) -> dict[str, Any]:
     """Settings that differ, without those that follow from another: accumulation and, from tp_size, dp_size."""
-    names = ("tp_size", "zero_stage", "batch_size_per_gpu", "activation_checkpointing")
+    names = ("tp_size", "zero_stage", "batch_size_per_gpu", "activation_checkpointing", "gradient_dtype")
     return {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
 
 

@@ -31,10 +31,11 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 #   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
 #              the group, beside the parts
 #   full       the layer's input
+#   fp8        compiled, with what is an input of a matmul in a byte, and the MLP's product made again
 # tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
 ACTIVATIONS = {
     "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (4, 2, 2, 1, 1, 1, 1), "selective": (3, 2, 2, 1, 0, 0, 0),
-    "full": (1, 0, 0, 0, 0, 0, 0),
+    "full": (1, 0, 0, 0, 0, 0, 0), "fp8": (3, 1.5, 2, 1, 0, 1, 1),
 }  # fmt: skip
 SUMS = 2
 BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
@@ -68,6 +69,7 @@ class Setting:
     master_weights: str = "fp32"
     gradient_dtype: str = "auto"
     lora_rank: int = 0  # with adapters beside all matrices of a layer: of fewer, it is a bound
+    precision: str = "auto"
     width: int = 2
     optimizations: frozenset[str] = frozenset()
     whole_logits: bool = False  # a model whose loss can't take its logits in chunks (`Rehearsal.whole_logits`)
@@ -166,6 +168,8 @@ def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
     state = state_bytes(trained, setting.dp_size, setting.zero_stage, setting.width, setting.gradient_width)
     if setting.lora_rank:  # what is frozen
         state["weights"] += setting.width * shard.parameters / (setting.dp_size if setting.zero_stage == 3 else 1)
+    if setting.precision == "fp8":  # cast in two layouts
+        state["weights"] += 2 * sum(matmul.weights for matmul in shard.layer_matmuls)
     optimizer = state["masters and moments"] / (2 if setting.master_weights == "bf16" else 1)
     earlier = state["gradients"] if setting.sums else 0  # there from the first step on, or of a micro-batch before
     last = earlier or setting.width * trained
@@ -186,7 +190,8 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     Kept are per token and layer `ACTIVATIONS` tensors, and of flash attention one fp32 number per head, the log of the
     softmax's sum. A checkpointed layer is computed again before its backward pass: its own activations are added.
     """
-    uncut = ACTIVATIONS["compiled" if "compile" in setting.optimizations else "eager"]
+    how = "fp8" if setting.precision == "fp8" else "compiled"
+    uncut = ACTIVATIONS[how if "compile" in setting.optimizations else "eager"]
     mode = setting.activation_checkpointing
     kept = uncut if mode == "none" else ACTIVATIONS[mode]
     if mode == "selective" and setting.tp_size > 1:

@@ -64,6 +64,7 @@ class Reached:
     network: float
     gpus_per_node: int
     latency: float
+    fp8: float
 
     @classmethod
     def of(cls, device: Device, network: Network, constants: Constants) -> Reached:
@@ -71,7 +72,7 @@ class Reached:
         return cls(
             device.peak * constants.matmuls, device.peak * constants.attention,
             device.memory_bandwidth * constants.memory, device.link_bandwidth * constants.links,
-            network.bandwidth * constants.network, network.gpus_per_node, constants.latency,
+            network.bandwidth * constants.network, network.gpus_per_node, constants.latency, constants.fp8,
         )  # fmt: skip
 
     def rate(self, ranks: int) -> float:
@@ -116,9 +117,11 @@ def _matmuls(shard: Shard, setting: Setting, reached: Reached) -> float:
     once = 2 if setting.lora_rank else 3  # no gradients of what is frozen; adapters are too narrow to count
     times = once + (setting.activation_checkpointing == "full")
     head = Matmul("", shard.hidden, shard.vocabulary)
-    m, rate, work, moved = setting.tokens, reached.matmuls, 0.0, 0.0
-    for t, matmul in [*((times, matmul) for matmul in shard.layer_matmuls), (once, head)]:
-        work += t * 2 * m * matmul.active / rate
+    m, work, moved = setting.tokens, 0.0, 0.0
+    for matmul in (*shard.layer_matmuls, head):
+        t = once if matmul is head else times
+        faster = reached.fp8 if setting.precision == "fp8" and matmul is not head else 1
+        work += t * 2 * m * matmul.active / (reached.matmuls * faster)
         moved += t * setting.width * (m * matmul.per_token * (matmul.inputs + matmul.outputs) + matmul.weights)
     return work + moved / reached.memory
 

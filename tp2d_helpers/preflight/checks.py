@@ -26,6 +26,7 @@ from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.preflight.weights import check_weights
 from tp2d_helpers.speed.devices import Device, device_named
+from tp2d_helpers.speed.float8 import GRANULE
 from tp2d_helpers.speed.gradients import in_fp32
 from tp2d_helpers.speed.layers import decoder_layers
 
@@ -194,8 +195,41 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
         )
     if precision == "fp16" and not (config.use_gpu or CPU_Accelerator().is_fp16_supported()):
         raise ConfigError("precision = 'fp16': this CPU lacks instructions for it (AVX512-FP16); take 'fp32' or 'bf16'")
+    if precision == "fp8":
+        check_fp8(config, resources)
     found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
     precision += " with loss scaling" if precision == "fp16" else ""
     sums = "fp32" if in_fp32(config.gradient_dtype, config.master_weights, config.zero_stage) else precision[:4]
+    computed = "fp8 matmuls in bf16" if precision == "fp8" else precision
     kept = f"{config.master_weights} master weights, {sums} gradient sums"
-    return found, f"{precision}, {kept}, {'NCCL' if config.use_gpu else 'gloo'}"
+    return found, f"{computed}, {kept}, {'NCCL' if config.use_gpu else 'gloo'}"
+
+
+def check_fp8(config: Config, resources: dict[str, float]) -> None:
+    """Whether the matmuls of this run can be in fp8.
+
+    Raises:
+        ConfigError: if the GPUs lack it, or a setting is at odds with it.
+    """
+    take = "take precision 'bf16'"
+    types = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    known = {name: device_named(name) for name in types}
+    lacking = ["CPUs"] if not config.use_gpu else [name for name, device in known.items() if device and not device.fp8]
+    if lacking:
+        raise ConfigError(f"precision = 'fp8': {', '.join(lacking)} can't; it needs Hopper GPUs or newer; {take}")
+    tokens = config.batch_size_per_gpu * config.seq_length if config.batch_size_per_gpu != "auto" else config.seq_length
+    asked = config.optimizations.split(",")
+    for wrong, found, right in (
+        (config.zero_stage == 3, "zero_stage = 3", "weights are gathered as they are used there; take 1 or 2"),
+        (config.lora_rank > 0, f"lora_rank = {config.lora_rank}", f"adapters train beside bf16 weights; {take}"),
+        (
+            config.tp_size > 1 and "auto" not in asked and "block_all_reduce" not in asked,
+            f"optimizations = {config.optimizations!r}", "at tp_size > 1 it needs block_all_reduce",
+        ),
+        (
+            tokens % GRANULE > 0, f"batch_size_per_gpu × seq_length = {tokens}",
+            f"must be a multiple of {GRANULE}, as fp8 matmuls want it",
+        ),
+    ):  # fmt: skip
+        if wrong:
+            raise ConfigError(f"precision = 'fp8' with {found}: {right}")

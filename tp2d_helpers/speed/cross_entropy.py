@@ -128,21 +128,22 @@ class HeadLoss(torch.autograd.Function):
         half = hidden.dtype == torch.float16  # 1 / count may be too small for it
         factor, ctx.rest = (torch.full_like(count, FP16_FACTOR), 1 / (FP16_FACTOR * count)) if half else (1 / count, 1)
         dw, db = (
-            torch.zeros_like(part, dtype=torch.float32) if needed else None
+            torch.empty_like(part, dtype=torch.float32) if needed else None
             for part, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
         total, dx, reducer = torch.zeros_like(count), torch.empty_like(hidden), reductions.REDUCERS.get(group)
         parts = (tensor.tensor_split(-(-len(targets) // ROWS)) for tensor in (hidden, targets, dx))
-        for x, target, part in zip(*parts, strict=True):
+        for i, (x, target, part) in enumerate(zip(*parts, strict=True)):
             logits = F.linear(x, weight, bias)
             total += step(logits, target, factor)  # from here on they are the gradient
             torch.mm(logits, weight, out=part)
             if reducer:
                 reducer.begin(part)
             if dw is not None:
-                _add_product(dw, logits, x)
+                _add_product(dw, logits, x, first=i == 0)
             if db is not None:
-                db += logits.sum(0, dtype=torch.float32)
+                summed = logits.sum(0, dtype=torch.float32)
+                db = summed if i == 0 else db + summed
             del logits  # or there would be two chunks, as the next one's are computed
         if reducer:
             reducer.finish()
@@ -174,12 +175,15 @@ def chunk_step(vocabulary: Vocabulary, operations: tuple[Operation, ...]) -> Ste
     return step
 
 
-def _add_product(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
-    """total += gradientᵀ x, in fp32: total [n, k], gradient [rows, n], x [rows, k]."""
-    if total.is_cuda and x.dtype != torch.float32:
+def _add_product(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor, first: bool) -> None:
+    """total += gradientᵀ x, or = if it is the first: total [n, k] in fp32, gradient [rows, n], x [rows, k]."""
+    wide = total.is_cuda and x.dtype != torch.float32
+    if wide and first:
+        torch.mm(gradient.T, x, out_dtype=torch.float32, out=total)
+    elif wide:
         torch.addmm(total, gradient.T, x, out_dtype=torch.float32, out=total)
     else:
-        total += gradient.T @ x
+        (total.copy_ if first else total.add_)(gradient.T @ x)
 
 
 def _times(part: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

@@ -20,15 +20,16 @@ class Device:
     link_bandwidth: float  # byte/s to the other GPUs of its node: NVLink, or else PCIe
     peak: float  # FLOP/s of the tensor cores, dense, 16 bit
     bf16: bool = True  # in hardware
+    fp8: bool = False  # matmuls by the tensor cores at twice the peak
 
 
 DEVICES = [
-    Device("B200", 178.4, 7.7e12, 900e9, 2250e12),
-    Device("H200 NVL", 139.8, 4.8e12, 450e9, 836e12),
-    Device("H200", 139.8, 4.8e12, 450e9, 989e12),
-    Device("H100 NVL", 93.1, 3.9e12, 300e9, 835e12),
-    Device("H100 PCIe", 79.1, 2.0e12, 64e9, 756e12),
-    Device("H100", 79.1, 3.35e12, 450e9, 989e12),
+    Device("B200", 178.4, 7.7e12, 900e9, 2250e12, fp8=True),
+    Device("H200 NVL", 139.8, 4.8e12, 450e9, 836e12, fp8=True),
+    Device("H200", 139.8, 4.8e12, 450e9, 989e12, fp8=True),
+    Device("H100 NVL", 93.1, 3.9e12, 300e9, 835e12, fp8=True),
+    Device("H100 PCIe", 79.1, 2.0e12, 64e9, 756e12, fp8=True),
+    Device("H100", 79.1, 3.35e12, 450e9, 989e12, fp8=True),
     Device("A100 40GB", 39.4, 1.555e12, 300e9, 312e12),
     Device("A100", 79.2, 2.0e12, 300e9, 312e12),
     Device("L40S", 44.4, 0.864e12, 32e9, 362e12),

@@ -143,8 +143,10 @@ def compute_in_fp8(engine: deepspeed.DeepSpeedEngine, compiled: bool) -> None:
         compiled: whether the casts of weights are compiled, as those in the layers are.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is none, or the GPU lacks fp8.
     """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        raise ConfigError(f"precision = 'fp8': {torch.cuda.get_device_name()} lacks it; take 'bf16'")
     model, found = engine.module, []
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
