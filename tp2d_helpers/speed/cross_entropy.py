@@ -59,7 +59,7 @@ class Vocabulary:
         if self.group is not None:
             parts = normaliser.new_zeros(self.group.size(), 2, len(targets))
             parts[self.group.rank()] = torch.stack([normaliser, picked])
-            normalisers, picks = torch.ops.tp2d.all_reduce(parts, "sum", self.group.group_name).unbind(1)
+            normalisers, picks = torch.ops.tp2d.all_reduce(parts, self.group.group_name).unbind(1)
             normaliser, picked = torch.logsumexp(normalisers, 0), picks.sum(0)
         return torch.where(targets != IGNORED, normaliser - picked, 0.0), normaliser
 
