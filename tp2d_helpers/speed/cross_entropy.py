@@ -106,7 +106,9 @@ class HeadLoss(torch.autograd.Function):
     """The cross-entropy of hidden states under a head. Of logits and their gradient there is a chunk at a time.
 
     All gradients are made in the forward pass, while a chunk's logits are there; the backward pass multiplies them by
-    the loss's. That of the hidden states is summed over the TP group while the weight's is computed.
+    the loss's. That of the hidden states is summed over the TP group while the weight's is computed. DeepSpeed's
+    `vocab_parallel_linear_cross_entropy` computes the logits a second time and asks the device whether targets are
+    valid; that of PyTorch 2.13, `linear_cross_entropy`, takes no divided vocabulary.
     """
 
     @staticmethod
@@ -131,7 +133,8 @@ class HeadLoss(torch.autograd.Function):
             torch.zeros_like(part, dtype=torch.float32) if needed else None
             for part, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
-        total, dx, reducer = torch.zeros_like(count), torch.empty_like(hidden), reductions.REDUCERS.get(group)
+        total, dx = torch.zeros_like(count), torch.empty_like(hidden)
+        reducer = None if group is None else reductions.REDUCERS[group]
         parts = (tensor.tensor_split(-(-len(targets) // ROWS)) for tensor in (hidden, targets, dx))
         for x, target, part in zip(*parts, strict=True):
             logits = F.linear(x, weight, bias)
@@ -178,8 +181,8 @@ def _add_product(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -
     """total += gradientᵀ x, in fp32: total [n, k], gradient [rows, n], x [rows, k]."""
     if total.is_cuda and x.dtype != torch.float32:
         torch.addmm(total, gradient.T, x, out_dtype=torch.float32, out=total)
-    else:
-        total += gradient.T @ x
+    else:  # what CPUs have no matmul for; in fp16 the product alone may be too large
+        total.addmm_(gradient.T.float(), x.float())
 
 
 def _times(part: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
