@@ -136,7 +136,7 @@ def sum_copies(
 
 def sum_over(group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
     """A hook of a weight: the sum of its gradients over the group, as a new tensor."""
-    return torch.ops.tp2d.all_reduce(gradient.contiguous(), "sum", group.group_name)
+    return torch.ops.tp2d.all_reduce(gradient.contiguous(), group.group_name)
 
 
 def _enter(group: dist.ProcessGroup | None, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -41,8 +41,8 @@ def advice(model: ModelFacts, device: Device, setting: Setting, memory: Memory) 
 def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) -> list[Candidate]:
     """Up to `WAYS` changes that need no more than `limit` bytes per GPU, with the same GPUs and global batch.
 
-    The fastest of each single change (micro-batch, checkpointing, ZeRO stage, tp_size, gradient_dtype) come before several changes at
-    once; the result is in the order of speed.
+    The fastest of each single change (micro-batch, checkpointing, ZeRO stage, tp_size, gradient_dtype) come before
+    several changes at once; the result is in the order of speed.
     """
     gpus, batch = setting.tp_size * setting.dp_size, setting.global_tokens // setting.seq_length
     stages = range(setting.zero_stage, 4) if setting.dp_size > 1 else [setting.zero_stage]

@@ -214,8 +214,8 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
 def logit_bytes(shard: Shard, setting: Setting) -> float:
     """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed.
 
-    In chunks: those of a chunk, the gradient of the hidden states, and that of the head's weight in fp32, which the
-    backward pass, without a chunk, makes one in the weight's dtype of.
+    In chunks: those of a chunk, and the gradients of the hidden states and, in fp32, of the head's weight. When the
+    latter becomes one in the weight's dtype, there is no chunk any more.
     """
     of_positions = setting.width + LOSS_BYTES[setting.loss]
     if not setting.in_chunks(shard):

@@ -59,7 +59,7 @@ class Vocabulary:
         if self.group is not None:
             parts = normaliser.new_zeros(self.group.size(), 2, len(targets))
             parts[self.group.rank()] = torch.stack([normaliser, picked])
-            normalisers, picks = torch.ops.tp2d.all_reduce(parts, "sum", self.group.group_name).unbind(1)
+            normalisers, picks = torch.ops.tp2d.all_reduce(parts, self.group.group_name).unbind(1)
             normaliser, picked = torch.logsumexp(normalisers, 0), picks.sum(0)
         return torch.where(targets != IGNORED, normaliser - picked, 0.0), normaliser
 
@@ -106,7 +106,9 @@ class HeadLoss(torch.autograd.Function):
     """The cross-entropy of hidden states under a head. Of logits and their gradient there is a chunk at a time.
 
     All gradients are made in the forward pass, while a chunk's logits are there; the backward pass multiplies them by
-    the loss's. That of the hidden states is summed over the TP group while the weight's is computed.
+    the loss's. That of the hidden states is summed over the TP group while the weight's is computed. DeepSpeed's
+    `vocab_parallel_linear_cross_entropy` computes the logits a second time and asks the device whether targets are
+    valid; that of PyTorch 2.13, `linear_cross_entropy`, takes no divided vocabulary.
     """
 
     @staticmethod
@@ -131,7 +133,8 @@ class HeadLoss(torch.autograd.Function):
             torch.empty_like(part, dtype=torch.float32) if needed else None
             for part, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
-        total, dx, reducer = torch.zeros_like(count), torch.empty_like(hidden), reductions.REDUCERS.get(group)
+        total, dx = torch.zeros_like(count), torch.empty_like(hidden)
+        reducer = None if group is None else reductions.REDUCERS[group]
         parts = (tensor.tensor_split(-(-len(targets) // ROWS)) for tensor in (hidden, targets, dx))
         for i, (x, target, part) in enumerate(zip(*parts, strict=True)):
             logits = F.linear(x, weight, bias)
@@ -182,8 +185,8 @@ def _add_product(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor, f
         torch.mm(gradient.T, x, out_dtype=torch.float32, out=total)
     elif wide:
         torch.addmm(total, gradient.T, x, out_dtype=torch.float32, out=total)
-    else:
-        (total.copy_ if first else total.add_)(gradient.T @ x)
+    else:  # what CPUs have no matmul for; in fp16 the product alone may be too large
+        torch.addmm(total, gradient.T.float(), x.float(), beta=0 if first else 1, out=total)
 
 
 def _times(part: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

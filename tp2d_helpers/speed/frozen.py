@@ -30,7 +30,7 @@ class Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The sum of the ranks' gradients."""
-        return torch.ops.tp2d.all_reduce(gradient, "sum", ctx.group), None
+        return torch.ops.tp2d.all_reduce(gradient, ctx.group), None
 
 
 class Leave(torch.autograd.Function):
@@ -39,7 +39,7 @@ class Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
         """The sum of the ranks' x, of any shape."""
-        return torch.ops.tp2d.all_reduce(x, "sum", group)
+        return torch.ops.tp2d.all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -54,12 +54,12 @@ class Both(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, group: str) -> torch.Tensor:
         """The sum of the ranks' x, of any shape."""
         ctx.group = group
-        return torch.ops.tp2d.all_reduce(x, "sum", group)
+        return torch.ops.tp2d.all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The sum of the ranks' gradients."""
-        return torch.ops.tp2d.all_reduce(gradient, "sum", ctx.group), None
+        return torch.ops.tp2d.all_reduce(gradient, ctx.group), None
 
 
 class FrozenColumn(LinearLayer):

@@ -18,7 +18,6 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 
-OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 ROWS_TO_HALVE = 4096  # from so many on, half a matmul takes half its time
 BYTES_TO_COPY = 2**22  # from so many on; before, launching the copies takes longer than a collective
 
@@ -29,9 +28,9 @@ class Collectives:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.works = group, []
 
-    def now(self, x: torch.Tensor, operation: str) -> None:
+    def now(self, x: torch.Tensor) -> None:
         """All-reduce x, contiguous, in place; the device waits for it."""
-        dist.all_reduce(x, OPERATIONS[operation], self.group)
+        dist.all_reduce(x, group=self.group)
 
     def begin(self, part: torch.Tensor) -> None:
         """Start to all-reduce `part`, contiguous, in place. It must not be touched before `finish`."""
@@ -203,15 +202,15 @@ def column_gradients8(
     return dx, dw
 
 
-def all_reduce(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
-    """The all-reduce ("sum" or "max") of x over the TP group, as a new tensor; the device waits for it."""
+def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum of the ranks' x over the TP group, as a new tensor; the device waits for it."""
     result = x.clone(memory_format=torch.contiguous_format)
-    REDUCERS[group].now(result, operation)
+    REDUCERS[group].now(result)
     return result
 
 
 _library = torch.library.Library("tp2d", "DEF")
-_library.define("all_reduce(Tensor x, str operation, str group) -> Tensor")
+_library.define("all_reduce(Tensor x, str group) -> Tensor")
 _library.define("row_matmul(Tensor y, Tensor weight, str group) -> Tensor")
 _library.define("column_gradients(Tensor x, Tensor[] gradients, Tensor[] weights, str group) -> (Tensor, Tensor[])")
 _library.define("row_matmul8(Tensor y, Tensor weight, Tensor y_scale, Tensor scale, str group) -> Tensor")
@@ -224,7 +223,7 @@ for _function in (all_reduce, row_matmul, column_gradients, row_matmul8, column_
 
 
 @torch.library.register_fake("tp2d::all_reduce", lib=_library)
-def _(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
+def _(x: torch.Tensor, group: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
