@@ -15,18 +15,17 @@ from tp2d_helpers.speed import float8
 from tp2d_helpers.training.metrics import read_metrics
 
 
-@pytest.mark.parametrize("dtype", [float8.E4M3, float8.E5M2])
 @pytest.mark.parametrize("largest", [1e-6, 1.0, 3e4])
-def test_cast(dtype: torch.dtype, largest: float) -> None:
-    """The largest magnitude stays, others are off by half a unit in the last place: 2⁻⁴ (e4m3), 2⁻³ (e5m2)."""
+def test_cast(largest: float) -> None:
+    """The largest magnitude stays, others are off by half a unit in the last place, 2⁻⁴."""
     x = torch.linspace(-1, 1, 1001).mul(largest).bfloat16()
-    found, scale = float8.cast(x, dtype)
+    found, scale = float8.cast(x)
     back = found.float() * scale
     assert torch.isfinite(back).all() and back.abs().max().item() == pytest.approx(largest, rel=1e-2)
     large = x.abs() > largest / 100
     error = ((back - x.float()).abs() / x.float().abs())[large].max().item()
-    assert error <= (2**-4 if dtype == float8.E4M3 else 2**-3) * 1.01
-    assert float8.cast(torch.zeros(3), dtype)[0].float().tolist() == [0, 0, 0]
+    assert error <= 2**-4 * 1.01
+    assert float8.cast(torch.zeros(3))[0].float().tolist() == [0, 0, 0]
 
 
 def test_gradients_are_those_of_bf16() -> None:

@@ -1,9 +1,10 @@
-"""The decoder's matmuls in fp8: e4m3 for activations and weights, e5m2 for gradients, each tensor with one scale.
+"""The decoder's matmuls in fp8: e4m3 for activations, weights and gradients, each tensor with one scale.
 
-A scale is the largest magnitude of the tensor at hand (Micikevicius et al. 2022, FP8 formats for deep learning), so no
-state is kept and a step is a function of its inputs. In a compiled layer the casts are part of what is computed before
-them. A weight is cast once per optimizer step, in both layouts that its matmuls read; masters, sums over GPUs, head,
-router and embedding stay as they are.
+e5m2, of one bit less, was three times as far from bf16's losses (ci/benchmark/README.md). A scale is the largest
+magnitude of the tensor at hand (Micikevicius et al. 2022, FP8 formats for deep learning), so no state is kept and a
+step is a function of its inputs. In a compiled layer the casts are part of what is computed before them. A weight is
+cast once per optimizer step, in both layouts that its matmuls read; masters, sums over GPUs, head, router and embedding
+stay as they are.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import torch
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.speed.layers import ColumnLinear, RowLinear, decoder_layers
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3 = torch.float8_e4m3fn
+TOP = torch.finfo(E4M3).max
 GRANULE = 16  # what fp8 matmuls want their sides to be multiples of
 ROUTERS = ("gate", "router", "shared_expert_gate")  # few outputs, on which much depends
 
 
-def cast(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in fp8, what to multiply it by): the largest magnitude becomes the largest that the dtype has."""
-    top = torch.finfo(dtype).max
+def cast(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x in fp8, what to multiply it by): the largest magnitude becomes the largest that fp8 has."""
     largest = x.abs().amax().float().clamp(min=1e-12)
-    return (x.float() * (top / largest)).to(dtype), largest / top
+    return (x.float() * (TOP / largest)).to(E4M3), largest / TOP
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class Weights:
 
 
 def cast_weights(weights: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> None:
-    found, factor = cast(torch.cat(weights) if len(weights) > 1 else weights[0], E4M3)
+    found, factor = cast(torch.cat(weights) if len(weights) > 1 else weights[0])
     rows.copy_(found)
     columns.copy_(found.t())
     scale.copy_(factor)
@@ -68,7 +69,7 @@ class Columns(torch.autograd.Function):
         """[..., n_i/t] for each layer, from x [..., k]; the weights [n_i/t, k], then the biases or None, are last."""
         weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         ctx.group, ctx.sizes, ctx.biased = group, [len(weight) for weight in weights], [b is not None for b in biases]
-        x8, x_scale = cast(x.flatten(0, -2), E4M3)
+        x8, x_scale = cast(x.flatten(0, -2))
         ctx.save_for_backward(x8, x_scale, columns, scale)
         ctx.shape = x.shape
         parts = matmul(x8, rows, x_scale, scale).view(*x.shape[:-1], -1).split(ctx.sizes, -1)
@@ -79,7 +80,7 @@ class Columns(torch.autograd.Function):
         """Gradients of x, summed over the TP group, of the weights and the biases."""
         x8, x_scale, columns, scale = ctx.saved_tensors
         together = torch.cat(gradients, -1) if len(gradients) > 1 else gradients[0]
-        g8, g_scale = cast(together.flatten(0, -2), E5M2)
+        g8, g_scale = cast(together.flatten(0, -2))
         arguments = g8, x8.t().contiguous(), columns, g_scale, x_scale, scale
         dx, dw = torch.ops.tp2d.column_gradients8(*arguments, ctx.group) if ctx.group else _gradients(*arguments)
         db = [g.flatten(0, -2).sum(0) if biased else None for g, biased in zip(gradients, ctx.biased, strict=True)]
@@ -95,7 +96,7 @@ class Row(torch.autograd.Function):
         weight: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """[..., n] from y [..., k/t] and the weight [n, k/t]."""
-        y8, y_scale = cast(y.flatten(0, -2), E4M3)
+        y8, y_scale = cast(y.flatten(0, -2))
         ctx.save_for_backward(y8, y_scale, columns, scale)
         ctx.shape = y.shape
         return torch.ops.tp2d.row_matmul8(y8, rows, y_scale, scale, group).view(*y.shape[:-1], -1)
@@ -104,7 +105,7 @@ class Row(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of y and of the weight, from that of z [..., n]: nothing travels."""
         y8, y_scale, columns, scale = ctx.saved_tensors
-        g8, g_scale = cast(gradient.flatten(0, -2), E5M2)
+        g8, g_scale = cast(gradient.flatten(0, -2))
         dy, dw = _gradients(g8, y8.t().contiguous(), columns, g_scale, y_scale, scale)
         return dy.view(ctx.shape), None, None, None, None, dw
 
