@@ -26,7 +26,6 @@ if not __package__:  # `python ci/anyscale` puts the folder itself on the path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from ci.notebook import NOTEBOOK, ROOT
-from ci.notebook.cells import tagged
 
 HERE = Path(__file__).resolve().parent
 NAME = "tp_autotp"
@@ -39,8 +38,8 @@ SETUP = """\
 ## Set up the workspace
 
 The GPUs are on other nodes than this notebook. The first cell installs the packages here. The second connects to Ray,
-which brings the same packages and the helpers to every node that trains; the first time takes some minutes per node. This
-is all of the installation that the next section names."""
+which brings the same packages and the helpers to every node that trains. That takes some minutes per node, once. It is
+all of the installation that the next section names."""
 INSTALL = f"""\
 %%bash
 uv pip install --system --no-deps -r {LOCK}"""
@@ -100,9 +99,9 @@ def published(notebook: NotebookNode, links: Links) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         else:
-            cell.source = links.absolute(cell.source, ROOT).replace(f"papermill {NOTEBOOK.name}", "papermill README.ipynb")
-    [parameters] = tagged(made, "parameters")
-    first = max(made.cells.index(cell) for cell in made.cells[: made.cells.index(parameters)] if "\n## " in f"\n{cell.source}")
+            text = links.absolute(cell.source, ROOT)
+            cell.source = text.replace(f"papermill {NOTEBOOK.name}", "papermill README.ipynb")
+    first = next(number for number, cell in enumerate(made.cells) if cell.source.startswith("## "))
     setup = [new_markdown_cell(SETUP), new_code_cell(INSTALL), new_code_cell(CONNECT)]
     for number, cell in enumerate(setup):
         cell.id = f"anyscale-{number}"  # not a random one: the folder made twice is the same
@@ -143,7 +142,7 @@ def make(out: Path, repository: str) -> None:
 def lock() -> int:
     """Compile the template's requirements into the stored lock, by uv and PyPI; the exit status."""
     text = requirements((ROOT / "requirements.txt").read_text())
-    # Of the published image: its Python, and its Ray, which must stay. CUDA's packages are those that PyPI's torch asks for.
+    # The image's Python, and its Ray, which must stay. CUDA's packages are those that PyPI's torch needs.
     options = ["--python-version=3.12", "--python-platform=x86_64-manylinux_2_28", "--unsafe-package=ray"]
     options += ["--generate-hashes", "--no-emit-index-url", "--no-annotate", "--quiet", f"--output-file={HERE / LOCK}"]
     options += ["--custom-compile-command=python ci/anyscale lock"]
@@ -156,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="write the template's folder")
     making.add_argument("out", type=Path)
-    making.add_argument("--repository", default=REPOSITORY, help=f"that links point to, a GitHub URL; default {REPOSITORY}")
+    making.add_argument("--repository", default=REPOSITORY, help=f"for links, on GitHub; default {REPOSITORY}")
     commands.add_parser("lock", help="compile requirements.txt into the stored lock; needs uv and the network")
     chosen = parser.parse_args(arguments)
     if chosen.command == "lock":
