@@ -39,8 +39,9 @@ def connect() -> dict[str, float]:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if client.is_connected() or (not started and address.startswith("ray://")):
         raise ConfigError(
-            f"RAY_ADDRESS = {address!r}: the driver reads what the workers write, and so must be on a node of the "
-            "cluster; submit it from here as a job (ray job submit), or start it there with RAY_ADDRESS=auto"
+            f"{'ray.init: Ray Client' if started else f'RAY_ADDRESS = {address!r}'}: the driver reads what the workers "
+            "write, and so must be on a node of the cluster; submit it from here as a job (ray job submit), or start "
+            "it there with RAY_ADDRESS=auto"
         )
     check_environment(starts_ray=not started and address == "local")
     if not started:
