@@ -181,7 +181,8 @@ def _answer(task: ray.ObjectRef) -> tuple[str, str]:
     try:
         return ray.get(task)
     except ray.exceptions.RuntimeEnvSetupError as error:
-        return "", f"can't install what ray.init's runtime_env asks for ({reason(error)})"
+        last = str(error).strip().splitlines()[-1]
+        return "", f"can't make ray.init's runtime_env ({last}); see runtime_env_agent.log in Ray's logs there"
     except ray.exceptions.RayError as error:
         return "storage_path", f"can't look there ({reason(error)})"
 
