@@ -42,7 +42,7 @@ class Part(NamedTuple):
 def bars(stage: int) -> list[Part]:
     """What one GPU of the grid holds at a ZeRO stage, from bottom to top."""
     parameters = ModelFacts.of_shape(SHAPES["qwen2-7b"]).shard(TP).parameters
-    whole, held = (state_bytes(parameters, DP, some) for some in (0, stage))
+    whole, held = (state_bytes(parameters, DP, some, gradient_width=2) for some in (0, stage))
     return [Part(name, whole[name] / 2**30, held[name] / 2**30) for name in COLOURS]
 
 

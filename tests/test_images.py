@@ -81,10 +81,10 @@ def test_zero_bars_are_state_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = ModelFacts.of_shape(SHAPES["qwen2-7b"]).shard(2).parameters
     for stage in range(4):
         bars = zero.bars(stage)
-        expected = {name: size / 2**30 for name, size in state_bytes(parameters, 2, stage).items()}
+        expected = {name: size / 2**30 for name, size in state_bytes(parameters, 2, stage, gradient_width=2).items()}
         assert {bar.name: bar.held for bar in bars} == expected
         assert [bar.whole for bar in bars] == [bar.held for bar in zero.bars(0)]
-    monkeypatch.setattr(zero, "state_bytes", lambda *_: dict.fromkeys(zero.COLOURS, 5 * 2**30))
+    monkeypatch.setattr(zero, "state_bytes", lambda *_, **__: dict.fromkeys(zero.COLOURS, 5 * 2**30))
     (ax,) = zero.draw().axes
     words = [text.get_text() for text in ax.texts]
     assert words.count("15.0 GiB per GPU") == 4 and words.count("5.0") == 24

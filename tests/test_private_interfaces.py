@@ -159,10 +159,11 @@ def deepspeed_zero() -> None:
     has(
         DeepSpeedZeroOptimizer, "micro_step_id", "_global_grad_norm", "overflow", "clip_grad", "bit16_groups",
         "free_grad_in_param_list", "params_not_in_partition", "params_in_partition", "averaged_gradients",
-        "all_grad_tensors", "_lazy_init_hp_params_optimizer_state", "bit16_groups_flat", "real_dp_process_group",
+        "process_gradients", "reduce_gradients", "overlapping_partition_gradients_reduce_epilogue",
+        "partition_gradients", "_epilogue_ran_this_backward",
+        "_lazy_init_hp_params_optimizer_state", "bit16_groups_flat", "real_dp_process_group",
         "parallel_partitioned_bit16_groups", "nccl_start_alignment_factor", "allgather_bucket_size",
         "dp_process_group", "_model_parallel_all_reduce", "model_parallel_rank", "single_partition_of_fp32_groups",
-        "reduce_ready_partitions_and_remove_grads",
     )  # fmt: skip
     assert "groups_flat" in inspect.signature(all_gather_dp_groups).parameters
     takes(is_model_parallel_parameter, "p")

@@ -74,8 +74,9 @@ class Config(BaseModel):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
+    gradient_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     optimizations: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42

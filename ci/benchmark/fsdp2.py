@@ -5,6 +5,7 @@
 - Decoder layers are compiled; AdamW is fused; masters are fp32, the computation is bf16.
 - Gradients are reduced, and weights resharded, at the last micro-batch only. They are accumulated and reduced in fp32,
   or in bf16 as this package's engine does.
+- In fp8, the decoder's matmuls are torchao's, with a scale per tensor, as torchtitan's recipe "tensorwise".
 - The model is built on the meta device, and each rank allocates its own shards only.
 - Without TP it takes any decoder of `transformers`, mixtures of experts included; with TP those of `LLAMA_LIKE`.
 """
@@ -124,6 +125,14 @@ def add_peft_adapters(model: torch.nn.Module, rank: int) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
+def to_float8(model: torch.nn.Module) -> None:
+    """torchao's matmuls in fp8 for the decoder's layers; masters stay fp32."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    convert_to_float8_training(model.model, config=config)
+
+
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean over the targets, computed in fp32."""
     return F.cross_entropy(logits.float(), targets)
@@ -145,6 +154,8 @@ class Peer:
             if cuda:  # all weights in bf16, also AdamW's moments: FSDP2 takes one dtype per group
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.to(torch.bfloat16)
+        if job["precision"] == "fp8":
+            to_float8(self.model)
         self.sync_last = job["sync"] == "last"
         # Not compiled where the vocabulary is divided: with PyTorch 2.13 (on CPU) that yields another value.
         alone = cuda and job["tp"] == 1

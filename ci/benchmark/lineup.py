@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from typing import Any
 
 TEMPLATE_SEQ = 2048  # of the template's settings at the large shape
@@ -26,7 +27,9 @@ def labels(job: dict[str, Any]) -> str:
         parts.append("whole documents packed")
     if job["sync"] != "last":
         parts.append("reduced at each micro-batch")
-    if job["kind"] == "fsdp2":
+    if job.get("precision", "bf16") != "bf16":
+        parts.append(job["precision"])
+    if job["kind"] == "fsdp2" or (job["kind"] == "ours" and "precision" in job and not job.get("lora_rank")):
         parts.append(f"gradients in {job.get('gradients', 'fp32')}")  # results of before have no such key
     return ", ".join(parts)
 
@@ -40,7 +43,7 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     gpus = options.gpus
     job: dict[str, Any] = dict(
         name=name, kind="ours", tp=gpus, dp=1, zero=1, seq=options.seq, optimizations="auto", sync="last",
-        gradients="bf16", lora_rank=0,
+        precision="bf16", gradients="bf16", lora_rank=0,
         activation_checkpointing="none", sequence_parallel=False, async_tp=False, text="",
         shape=options.shape, steps=options.steps, warmup=options.warmup, profile=name in options.profile,
     )  # fmt: skip
@@ -49,20 +52,23 @@ def jobs(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     if name in ("ours", "ours_lora"):
         tp = options.tp or gpus // (options.dp or 1)
         job |= dict(tp=tp, dp=gpus // tp, activation_checkpointing=options.activation_checkpointing)
+        kinds = itertools.product(
+            options.optimizations, options.packing, options.precision, options.gradients, options.micro_batch
+        )
+        names = ("optimizations", "packing", "precision", "gradients")
         return [
-            batch(job | {"optimizations": chosen, "packing": packing}, size, options.global_batch, options.accumulation)
-            for chosen in options.optimizations
-            for packing in options.packing
-            for size in options.micro_batch
+            batch(job | dict(zip(names, kind, strict=True)), size, options.global_batch, options.accumulation)
+            for *kind, size in kinds
         ]
     if name.startswith("fsdp2"):
         job |= dict(kind="fsdp2", sequence_parallel=name in ("fsdp2_sp", "fsdp2_async"), async_tp=name == "fsdp2_async")
         data_parallel = name in ("fsdp2_dp", "fsdp2_lora")
         job |= dict(tp=1, dp=gpus) if data_parallel else {}
         return [
-            batch(job | {"sync": sync, "gradients": gradients}, size, options.global_batch)
+            batch(job | dict(sync=sync, gradients=gradients, precision=precision), size, options.global_batch)
             for sync in options.fsdp2_sync
-            for gradients in (["bf16"] if name == "fsdp2_lora" else options.fsdp2_gradients)
+            for precision in options.precision
+            for gradients in (["bf16"] if name == "fsdp2_lora" else options.gradients)
             for size in (options.data_parallel_micro_batch if data_parallel else options.peer_micro_batch)
         ]
     if name.startswith("dp_zero"):

@@ -41,9 +41,12 @@ def engine_trainer(job: dict[str, Any], rank: int) -> Trainer:
     config = dict(
         model_name=job["model"], tp_size=job["tp"], dp_size=job["dp"], zero_stage=job["zero"],
         batch_size_per_gpu=job["micro_batch"], gradient_accumulation_steps=job["accumulation"],
-        seq_length=job["seq"], activation_checkpointing=job["activation_checkpointing"], precision="auto",
+        seq_length=job["seq"], activation_checkpointing=job["activation_checkpointing"],
+        precision="fp8" if job["precision"] == "fp8" else "auto",
+        gradient_dtype=job["gradients"] if torch.cuda.is_available() and not job["lora_rank"] else "auto",
         packing="documents" if job.get("packing") == "documents" else True,
-        optimizations=job["optimizations"], learning_rate=1e-5, weight_decay=0.01, max_grad_norm=1.0, seed=42,
+        optimizations=job["optimizations"], learning_rate=job.get("learning_rate", 1e-5), weight_decay=0.01,
+        max_grad_norm=1.0, seed=42,
         lora_rank=job["lora_rank"], lora_alpha=32.0, lora_dropout=0.0, lora_targets="all-linear",
     )  # fmt: skip
     engine, *_, dp_rank = setup_model_with_autotp(

@@ -234,9 +234,9 @@ def test_figure(tmp_path: Path) -> None:
 
 def test_captions_say_what_sets_a_candidate_apart() -> None:
     assert caption(entry("ours", 1)).splitlines() == ["this notebook", "tp 2 × dp 1, micro-batch 4 × 4,096"]
-    assert caption(entry("fsdp2_sp", 1)).splitlines()[2] == "bf16 gradients"
-    each = caption(entry("fsdp2_sp", 1, sync="each", gradients="fp32"))
-    assert each.splitlines()[2] == "fp32 gradients, reduced after every micro-batch"
+    assert caption(entry("fsdp2_sp", 1)).splitlines()[2] == "fp32 gradients"
+    each = caption(entry("fsdp2_sp", 1, sync="each", gradients="bf16"))
+    assert each.splitlines()[2] == "bf16 gradients, reduced after every micro-batch"
     assert "eager, not compiled" in caption(entry("dp_zero3", 1))
     assert "eager, not compiled" in caption(entry("template_settings", 1))
     assert "eager" not in caption(entry("dp_zero1", 1)) + caption(entry("ours", 1, optimizations="compile,fused_loss"))

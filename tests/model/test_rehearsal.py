@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TYPES
 from grid import Run, assert_equal_runs, run_grid
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -256,3 +257,30 @@ def test_a_class_that_asks_for_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "LARGEST", 1000)
     with pytest.raises(ConfigError, match=r"'jetmoe' must be tried on the CPU .* parameters are too many"):
         rehearse(config)
+
+
+# Logits in chunks.
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_every_type_takes_its_logits_in_chunks(tp_size: int) -> None:
+    for kind, more in TYPES.items():
+        shape = TINY | more
+        if kind == "falcon":  # which works it out
+            del shape["head_dim"]
+        assert (kind, rehearse(AutoConfig.for_model(kind, **shape), tp_size).whole_logits) == (kind, "")
+
+
+CLONED = """        output.logits = output.logits.clone()
+        return output
+"""
+
+
+def test_what_needs_whole_logits_is_said(train: Train, remote: Callable[[str], Path]) -> None:
+    """And computed as ever."""
+    model, reference = remote(CODE.replace("return super", "output = super") + CLONED), train("llama")
+    facts = ModelFacts.read(str(model), trust_remote_code=True)
+    config = make_config(model_name=str(model), tp_size=2, dp_size=1, use_gpu=False, seq_length=64)
+    found = check_model(config.change(trust_remote_code=True), facts)[1]
+    assert "logits computed whole (its class calls clone on the way to its loss)" in found
+    assert_equal_runs(train(model, trust_remote_code=True, tp_size=2), reference)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tp2d_helpers.config import ConfigError, make_config
+from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning import advice, out_of_memory
@@ -75,7 +75,8 @@ def test_what_is_proposed_is_accepted() -> None:
     ways = ways_out(SEVEN, H200, setting, SAFE * 139.8 * GIB)
     assert len(ways) == 3
     for way in ways:
-        values = {name: value for name, value in vars(way.setting).items() if name not in ("width", "optimizations")}
+        values = {name: value for name, value in vars(way.setting).items() if name in Config.model_fields}
+        values.pop("optimizations")
         found, parts = memory_on(make_config(**{**TOO_LARGE, **values}), SEVEN, H200)
         assert found.endswith("of 139.8 GiB per GPU") and "tight" not in parts
         assert way.setting.global_tokens == setting.global_tokens

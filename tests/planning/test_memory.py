@@ -20,7 +20,7 @@ from tp2d_helpers.planning.memory import (
     logit_bytes,
     memory_per_gpu,
 )
-from tp2d_helpers.speed import optimizations
+from tp2d_helpers.speed import cross_entropy, optimizations
 
 GIB = 2**30
 # 2 layers; widths 8 (hidden), 8 (query), 4 (key-value), 16 (MLP) of this rank; 2 heads, 32 tokens ids, 1000 parameters.
@@ -118,28 +118,51 @@ def test_logits_by_hand(settings: dict[str, Any], per_logit: int) -> None:
     assert logit_bytes(SHARD, Setting(seq_length=6, **settings)) == 6 * 32 * per_logit
 
 
+@pytest.mark.parametrize("settings, expected", [
+    ({}, 32 * (4 * 8 + 10 * 4) + 2 * 8 * 20),  # a chunk's logits are more than the weight's gradient in bf16
+    (dict(lora_rank=1), 32 * 10 * 4 + 2 * 8 * 20),
+    (dict(optimizations=frozenset({"fused_loss"})), 32 * (4 * 8 + 10 * 15) + 2 * 8 * 20),
+    (dict(zero_stage=3), 20 * 32 * 4), (dict(whole_logits=True), 20 * 32 * 4), (dict(seq_length=18), 18 * 32 * 4),
+])  # fmt: skip
+def test_chunks_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: int) -> None:
+    """20 tokens in chunks of 10. Of 18, there would be no less with chunks."""
+    for module in (memory, cross_entropy):
+        monkeypatch.setattr(module, "ROWS", 10)
+    assert logit_bytes(SHARD, Setting(**{"seq_length": 20, "optimizations": ON_GPU, **settings})) == expected
+
+
 def test_state_and_buffers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1000 parameters at ZeRO 1 and dp 2, with two buckets of 100 elements."""
-    monkeypatch.setattr(memory, "BUCKET", 100)
+    """1000 parameters in bf16 at ZeRO 1 and dp 2: their gradients are summed in fp32."""
     small = Setting(dp_size=2, seq_length=2)
-    found = memory_per_gpu(SHARD, small)  # at the step: half the gradients, flat in bf16 and in fp32
-    assert (found.weights, found.gradients, found.optimizer, found.buffers) == (2000, 1000, 6000, 1000 + 2000)
+    found = memory_per_gpu(SHARD, small)  # at DeepSpeed's step: half the sums again, flat
+    assert (found.weights, found.gradients, found.optimizer, found.buffers) == (2000, 4000, 6000, 2000)
     large = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000))
-    assert (large.gradients, large.buffers, large.logits) == (0, 2 * 200, 2000 * 32 * 10)
-    assert large.total == 2000 + 6000 + 400 + large.logits + large.activations
-    more = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, gradient_accumulation_steps=2))
-    assert more.total == large.total + 2000  # the gradients of the first micro-batch
+    assert (large.gradients, large.buffers, large.logits) == (4000, 0, 2000 * 32 * 10)
+    assert large.total == 2000 + 4000 + 6000 + large.logits + large.activations
+    low = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, gradient_dtype="bf16"))
+    assert large.total - low.total == 2000
     bf16 = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, master_weights="bf16"))
-    assert large.total - bf16.total == 3000
+    assert low.total - bf16.total == 3000  # its gradients are bf16, too
+    second = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, zero_stage=2))
+    assert (second.gradients, second.buffers) == (2000, 4000)  # what travels is less than three buckets
+    monkeypatch.setattr(memory, "BUCKET", 100)
+    assert memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000, zero_stage=2)).buffers == 4 * 3 * 100
 
 
-def test_the_one_pass_step_needs_no_fp32_copy() -> None:
+def test_one_gradient_of_one_replica_stays_as_it_is() -> None:
+    alone = memory_per_gpu(SHARD, Setting(seq_length=2000, optimizations=frozenset({"fused_step"})))
+    assert alone.gradients == 0  # at the loss, the fullest moment
+    for summed in (dict(gradient_accumulation_steps=2), dict(dp_size=2)):
+        assert memory_per_gpu(SHARD, Setting(seq_length=2000, **summed)).gradients == 4000
+
+
+def test_the_one_pass_step_needs_no_copy() -> None:
     usual, fused = (
         memory_per_gpu(shard("llama-3-8b", 2), Setting(tp_size=2, seq_length=64, optimizations=frozenset(names)))
         for names in ((), ("fused_step",))
     )
     parameters = shard("llama-3-8b", 2).parameters
-    assert usual.buffers == 6 * parameters and fused.buffers == 2 * memory.BUCKET
+    assert usual.buffers == 4 * parameters and fused.buffers == 0
 
 
 def test_zero_divides() -> None:
@@ -167,8 +190,8 @@ def test_setting_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (setting.tp_size, setting.dp_size, setting.zero_stage, setting.width) == (4, 3, 2, 2)
     assert (setting.tokens, setting.global_tokens) == (256, 768)
     assert setting.activation_checkpointing == "none"
-    assert setting.optimizations == ON_GPU - {"peer_copies", "cuda_graph"}
-    assert Setting.of(config.change(tp_size=2).model_dump()).optimizations == ON_GPU - {"cuda_graph"}
+    assert setting.optimizations == ON_GPU - {"peer_copies"}
+    assert Setting.of(config.change(tp_size=2).model_dump()).optimizations == ON_GPU
     assert Setting.of(config.change(tp_size=1).model_dump()).optimizations == ON_GPU - {"peer_copies"}
     on_cpu = Setting.of(config.change(use_gpu=False).model_dump())
     assert on_cpu.width == 4 and "compile" not in on_cpu.optimizations
@@ -180,7 +203,8 @@ def test_setting_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("grid, peak", [({}, 31.0), (dict(tp_size=2), 19.2), (dict(dp_size=2), 28.2)])
 def test_measured_peaks(grid: dict[str, int], peak: float) -> None:
-    """GiB in tensors on H200, torch 2.11, without optimizations (which test_estimate.py's runs have)."""
-    setting = Setting(batch_size_per_gpu=8, seq_length=1024, **grid)
-    found = memory_per_gpu(shard("qwen2.5-0.5b", setting.tp_size), setting).total / GIB
+    """GiB in tensors on H200, torch 2.11, without optimizations, and with DeepSpeed's gradient buckets."""
+    setting = Setting(batch_size_per_gpu=8, seq_length=1024, gradient_dtype="bf16", **grid)
+    buckets = 2 * 500_000_000 * setting.dp_size
+    found = (memory_per_gpu(shard("qwen2.5-0.5b", setting.tp_size), setting).total + buckets) / GIB
     assert found == pytest.approx(peak, rel=0.06)

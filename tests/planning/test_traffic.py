@@ -21,11 +21,10 @@ from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.traffic import state_bytes, tp_bytes, zero_bytes
-from tp2d_helpers.speed import loss
 
 STEPS, ACCUMULATION, BATCH, SEQ_LENGTH = 2, 3, 2, 64
 # Collective → how often a ring of n ranks sends (n−1)/n of the largest tensor in its arguments.
-RINGS = {"all_reduce": 2, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
+RINGS = {"all_reduce": 2, "reduce": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1}
 SENT: list[tuple[str, list[int], list[int], float]] = []  # (collective, ranks, shape, bytes sent by each rank)
 
 
@@ -59,19 +58,21 @@ def test_tp_bytes_with_an_all_reduce_per_column_wise_layer() -> None:
     assert sent == 2 * 3 / 4 * 2 * 10 * 4096 * (32 * 7 + 1)
 
 
-@pytest.mark.parametrize("stage, accumulation, passes", [
-    (0, 5, 2), (1, 1, 3), (1, 5, 3), (2, 1, 3), (2, 5, 11), (3, 1, 3), (3, 5, 15),
+@pytest.mark.parametrize("stage, accumulation, sent", [
+    (0, 5, 2 * 4), (1, 1, 4 + 2), (1, 5, 4 + 2), (2, 1, 4 + 2), (2, 5, 5 * 4 + 2), (3, 1, 4 + 2 * 2), (3, 5, 5 * 8),
 ])  # fmt: skip
-def test_zero_bytes_by_hand(stage: int, accumulation: int, passes: int) -> None:
-    assert zero_bytes(1000, 4, stage, accumulation) == 3 / 4 * 2 * 1000 * passes
+def test_zero_bytes_by_hand(stage: int, accumulation: int, sent: int) -> None:
+    """Weights in bf16, sums in fp32."""
+    assert zero_bytes(1000, 4, stage, accumulation) == 3 / 4 * 1000 * sent
     assert zero_bytes(1000, 1, stage, accumulation) == 0
+    assert zero_bytes(1000, 4, 0, accumulation, gradient_width=2) == 3 / 4 * 1000 * 2 * 2
 
 
 @pytest.mark.parametrize("stage, expected", [
-    (0, (1000, 1000, 6000)), (1, (1000, 1000, 1500)), (2, (1000, 250, 1500)), (3, (250, 250, 1500)),
+    (0, (1000, 2000, 6000)), (1, (1000, 2000, 1500)), (2, (1000, 500, 1500)), (3, (250, 500, 1500)),
 ])  # fmt: skip
 def test_state_bytes_by_hand(stage: int, expected: tuple[int, ...]) -> None:
-    """A shard of 500 parameters at dp 4: 1000 bytes in bf16; masters and moments, 1500 in fp32, are 6000."""
+    """A shard of 500 parameters at dp 4: 1000 bytes in bf16, 2000 in fp32; masters and moments are 6000."""
     assert tuple(state_bytes(500, 4, stage).values()) == expected
 
 
@@ -88,7 +89,7 @@ def test_sent_and_held_on_2_by_2(
     activations = total(call for call in in_tp_group if call[2] in shapes)
     per_batch = tp_bytes(run.model, 2, BATCH * SEQ_LENGTH, width=4, block_all_reduce=optimizations == "auto")
     assert activations == STEPS * ACCUMULATION * per_batch
-    # What tp_bytes leaves out: the loss's three numbers per token, and Qwen3's q_norm and k_norm.
+    # What tp_bytes leaves out: the loss's two numbers per token and rank, and Qwen3's q_norm and k_norm.
     assert total(in_tp_group) < 1.02 * activations
 
     shard = run.model.shard(2).parameters
@@ -152,7 +153,6 @@ def count_traffic(names: dict[str, Any]) -> None:
     """Put counters around the collectives, from the end of the setup on: what it broadcasts is sent once per run."""
     for name, times in RINGS.items():
         setattr(dist, name, _counted(name, times, getattr(dist, name)))
-    loss.all_reduce = _counted("all_reduce", 2, loss.all_reduce)
     setup = names["setup_model_with_autotp"]
 
     def then_count(*args: Any, **kwargs: Any) -> Any:

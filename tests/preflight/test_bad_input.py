@@ -540,6 +540,17 @@ def test_bf16_masters_of_another_precision(refused: Callable[..., None], precisi
     refused("master_weights = 'bf16'", f"computes in {computed}", precision=precision, master_weights="bf16")
 
 
+@pytest.mark.parametrize("settings, words", [
+    (dict(gradient_dtype="bf16"), ("gradient_dtype = 'bf16'", "computes in fp32", "'auto'")),
+    (dict(gradient_dtype="fp32", zero_stage=0, precision="bf16"),
+     ("zero_stage = 0", "summed in bf16", "another zero_stage")),
+    (dict(gradient_dtype="fp32", master_weights="bf16", precision="bf16"),
+     ("master_weights = 'bf16'", "summed in bf16", "another master_weights")),
+])  # fmt: skip
+def test_sums_of_gradients(refused: Callable[..., None], settings: dict[str, Any], words: tuple[str, ...]) -> None:
+    refused(*words, **settings)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_on_cpu(
     monkeypatch: pytest.MonkeyPatch, precision: str, tmp_path: Path, tiny_model: Callable[[str], Path]
@@ -720,12 +731,19 @@ def test_shares_of_a_core_fit_and_come_back(cluster: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("settings, resources, expected", [
-    (dict(use_gpu=True), GPUS, ("bf16 in hardware", "bf16, fp32 master weights, NCCL")),
-    (dict(use_gpu=True, master_weights="bf16"), GPUS, ("bf16 in hardware", "bf16, bf16 master weights, NCCL")),
-    (dict(use_gpu=True), OLD_GPUS, ("no bf16 in hardware", "fp16 with loss scaling, fp32 master weights, NCCL")),
-    (dict(use_gpu=True, precision="fp32"), GPUS, ("bf16 in hardware", "fp32, fp32 master weights, NCCL")),
-    (dict(use_gpu=False), GPUS, ("CPU", "fp32, fp32 master weights, gloo")),
-    (dict(use_gpu=False, precision="bf16"), GPUS, ("CPU", "bf16, fp32 master weights, gloo")),
+    (dict(use_gpu=True), GPUS, ("bf16 in hardware", "bf16, fp32 master weights, fp32 gradient sums, NCCL")),
+    (dict(use_gpu=True, master_weights="bf16"), GPUS,
+     ("bf16 in hardware", "bf16, bf16 master weights, bf16 gradient sums, NCCL")),
+    (dict(use_gpu=True, gradient_dtype="bf16"), GPUS,
+     ("bf16 in hardware", "bf16, fp32 master weights, bf16 gradient sums, NCCL")),
+    (dict(use_gpu=True), OLD_GPUS,
+     ("no bf16 in hardware", "fp16 with loss scaling, fp32 master weights, fp32 gradient sums, NCCL")),
+    (dict(use_gpu=True, zero_stage=0), OLD_GPUS,
+     ("no bf16 in hardware", "fp16 with loss scaling, fp32 master weights, fp16 gradient sums, NCCL")),
+    (dict(use_gpu=True, precision="fp32"), GPUS,
+     ("bf16 in hardware", "fp32, fp32 master weights, fp32 gradient sums, NCCL")),
+    (dict(use_gpu=False), GPUS, ("CPU", "fp32, fp32 master weights, fp32 gradient sums, gloo")),
+    (dict(use_gpu=False, precision="bf16"), GPUS, ("CPU", "bf16, fp32 master weights, fp32 gradient sums, gloo")),
 ])  # fmt: skip
 def test_precision_row(settings: dict[str, Any], resources: dict[str, float], expected: tuple[str, str]) -> None:
     assert checks.check_precision(make_config(**settings), resources) == expected

@@ -17,7 +17,7 @@ from grid import Run, assert_equal_runs
 from transformers import masking_utils
 
 from tp2d_helpers.model.engine import load_model
-from tp2d_helpers.speed import graphs, optimizations
+from tp2d_helpers.speed import graphs, optimizations, reductions
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 
 Train = Callable[..., Run]
@@ -62,7 +62,7 @@ class Passes(torch.autograd.Function):
 
 def _replay(names: dict[str, Any]) -> None:
     optimizations.chosen_optimizations = lambda *arguments: (chosen_optimizations(*arguments)[0] | {"cuda_graph"}, "")
-    graphs._graphed = Replay
+    graphs._graphed, graphs._waits_for_host = Replay, lambda *_: True
 
 
 def _replay_without_copies(names: dict[str, Any]) -> None:
@@ -133,9 +133,8 @@ def test_resumed_run(train: Train, tmp_path: Path) -> None:
     assert_equal_runs(run, train("qwen2-tied", num_epochs=2, debug_steps=5))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_gradients_that_are_written_over_are_found(train: Train, zero_stage: int) -> None:
-    run = train("qwen2-tied", gradient_accumulation_steps=2, zero_stage=zero_stage, patch=_replay_without_copies)
+def test_gradients_that_are_written_over_are_found(train: Train) -> None:
+    run = train("qwen2-tied", gradient_accumulation_steps=2, zero_stage=0, patch=_replay_without_copies)
     with pytest.raises(AssertionError, match=r"step [123]: (grad_norm|loss)"):
         assert_equal_runs(run, train("qwen2-tied"))
 
@@ -154,6 +153,7 @@ def test_a_model_that_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     model = load_model(str(tiny_model("llama")), torch.float32)
     forward = model.forward
     monkeypatch.setattr(graphs, "_graphed", fail)
+    monkeypatch.setattr(graphs, "_waits_for_host", lambda *_: True)
     assert (
         graphs.replay_passes(model, SHAPE, False, alone=True)
         == "rank 0: operation not permitted when stream is capturing"
@@ -186,7 +186,7 @@ def test_host_bound() -> None:
 @pytest.mark.parametrize("settings, on_gpu, chosen", [
     (dict(), True, True),
     (dict(), False, False),
-    (dict(tp_size=2), True, False),
+    (dict(tp_size=2), True, True),
     (dict(tp_size=2, optimizations="cuda_graph,block_all_reduce,peer_copies"), True, True),
     (dict(activation_checkpointing="full"), True, False),
     (dict(zero_stage=3), True, False),
@@ -197,7 +197,6 @@ def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: 
     names, without = chosen_optimizations(settings, on_gpu)
     assert ("cuda_graph" in names) == chosen
     assert without.startswith("no cuda_graph: micro-batches hold") == ("packing" in settings)
-    assert not {"cuda_graph", "peer_copies"} <= names
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -229,6 +228,7 @@ def test_sums_in_a_graph(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         name = dist.group.WORLD.group_name
+        reductions.register(dist.group.WORLD)
         y, weight = torch.ones(8, 16, device="cuda"), torch.ones(4, 16, device="cuda")
         dist.all_reduce(y.clone())
         torch.cuda.synchronize()

@@ -62,7 +62,7 @@ def run(kernel: str, shapes: list[tuple[int, ...]], device: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("kernel, device", [("torch", "cpu"), pytest.param("triton", "cuda", marks=on_gpu)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES.keys())
 def test_equals_pytorch(kernel: str, device: str, dtype: torch.dtype, shapes: Any) -> None:
     *found, weights = run(kernel, shapes, device, dtype, steps=3)

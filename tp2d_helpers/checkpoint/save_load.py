@@ -38,6 +38,7 @@ from tp2d_helpers.checkpoint.writer import CheckpointWriter
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.engine import PRECISIONS
 from tp2d_helpers.speed.agreement import everywhere
+from tp2d_helpers.speed.optimizer import FusedZeroOptimizer
 
 
 def save_checkpoint(
@@ -67,6 +68,8 @@ def save_checkpoint(
             for the checkpoint before, if that is still being written.
     """
     engine.whole_weights.compare()
+    if isinstance(engine.optimizer, FusedZeroOptimizer):
+        engine.optimizer.settle()
     progress = Progress(epoch=epoch, epoch_step=epoch_step, step=step, samples=samples)
     if not isinstance(engine.checkpoint_engine, CheckpointWriter):
         engine.checkpoint_engine = CheckpointWriter()
@@ -219,6 +222,8 @@ def _new_folder(run_dir: Path, step: int) -> Path:
 
 
 def _precision(engine: deepspeed.DeepSpeedEngine) -> str:
+    if any(hasattr(module, "float8") for module in engine.module.modules()):
+        return "fp8"
     dtype = next(engine.module.parameters()).dtype
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 

@@ -28,10 +28,12 @@ from tp2d_helpers.model.rehearsal import rehearse
 from tp2d_helpers.model.table import check_shards
 from tp2d_helpers.model.whole_weights import WholeWeights
 from tp2d_helpers.speed.agreement import everywhere
+from tp2d_helpers.speed.gradients import in_fp32, sum_gradients
 from tp2d_helpers.speed.loss import loss_from_logits
 from tp2d_helpers.speed.optimizations import optimize
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# "fp8" is of matmuls (`speed/float8.py`); all else of such a run is bf16.
+PRECISIONS = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def get_mixed_precision_dtype() -> torch.dtype:
@@ -49,6 +51,12 @@ def _common_dtype() -> torch.dtype:
     return min(everywhere(get_mixed_precision_dtype()), key=[torch.float32, torch.float16, torch.bfloat16].index)
 
 
+def gradient_dtype(config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What gradients are summed in, over micro-batches and replicas, in a run that computes in `dtype`."""
+    settings = config.get("gradient_dtype", "auto"), config.get("master_weights", "fp32"), config.get("zero_stage", 1)
+    return torch.float32 if in_fp32(*settings) else dtype
+
+
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
     """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
     startup.mark("process groups")
@@ -63,7 +71,7 @@ def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = Fa
 
 
 def deepspeed_config(
-    config: dict[str, Any], dtype: torch.dtype, layers: dict[str, Any] | None = None, bucket: int = 0
+    config: dict[str, Any], dtype: torch.dtype, layers: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The DeepSpeed config of a run: AutoTP, ZeRO, precision, batch sizes.
 
@@ -71,24 +79,22 @@ def deepspeed_config(
 
     Args:
         layers: how AutoTP cuts which layer, and whose gradients it sums (`Plan.partition_config`).
-        bucket: elements to reduce gradients by, if they are few; DeepSpeed allocates its bucket whole.
     """
     tp_size, zero_stage = config["tp_size"], config.get("zero_stage", 1)
     micro_batch, accumulation = config["batch_size_per_gpu"], config.get("gradient_accumulation_steps", 1)
-    # With one replica nothing travels, and DeepSpeed would wait for the GPU after each backward pass.
-    overlap = config["dp_size"] > 1 and dtype != torch.float32
     result: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * config["dp_size"],
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.get("max_grad_norm", 1.0),
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": overlap},
+        # Below stage 3, gradients are summed and travel by `sum_gradients`.
+        "zero_optimization": {"stage": zero_stage, "overlap_comm": zero_stage == 3 and dtype != torch.float32},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # they wait for the GPU before and after each step
     }
-    if bucket and zero_stage < 3:
-        result["zero_optimization"]["reduce_bucket_size"] = min(bucket, 500_000_000)
+    if zero_stage == 3 and dtype != torch.float32 and gradient_dtype(config, dtype) == torch.float32:
+        result |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if tp_size > 1:
         # The head's output stays divided by vocabulary, and the cross-entropy is computed on the parts: the whole
         # logits, the largest activation of a small model, exist nowhere.
@@ -135,16 +141,16 @@ def setup_model_with_autotp(
         keep_documents_apart(model)
     divide(model, plan, mpu.tp_group, mpu.tp_rank)
     layers = plan.partition_config(needs.summed)
-    bucket = sum(map(torch.numel, (weight for adapter in adapters.values() for weight in adapter.parameters())))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config),
-        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, layers, bucket),
+        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, layers),
         mpu=mpu,
     )
     check_shards(engine.module, planned)
     if adapters:
         join(engine.module, adapters)
+    sum_gradients(engine, gradient_dtype(config, dtype))
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine, mpu)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.

@@ -26,6 +26,7 @@ from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.sharding import meta_model, random_model
+from tp2d_helpers.speed.logits import Logits, computed, delay_logits
 from tp2d_helpers.speed.loss import loss_from_logits
 
 SAMPLE = (2, 8)  # samples, tokens
@@ -41,12 +42,14 @@ class Rehearsal:
         summed: whole weights on divided activations, whose gradients must be summed over the TP group.
         blocks: modules whose column-wise layers all take the module's own input.
         divided_dropout: random numbers are drawn for divided activations: each rank of a TP group needs its own.
+        whole_logits: why the loss can't take the logits in chunks; "" if it can.
     """
 
     own_loss: bool = False
     summed: list[str] = field(default_factory=list)
     blocks: set[str] = field(default_factory=set)
     divided_dropout: bool = False
+    whole_logits: str = ""
 
 
 def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehearsal:
@@ -62,17 +65,17 @@ def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehe
 def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
     model = meta_model(hf_config, torch.bfloat16)  # the grouped matmul of experts has no other dtype there
     try:
-        loss, own_loss = _pass(model)
+        loss, own_loss, whole_logits = _pass(model)
     except Exception:  # some classes ask for values, which only a model with storage has
         model = _small(hf_config)
         try:
-            loss, own_loss = _pass(model)
+            loss, own_loss, whole_logits = _pass(model)
         except Exception as error:
             raise ConfigError(
                 f"model_name: {hf_config.model_type!r} can't be trained on tokens and labels alone ({reason(error)})"
             ) from error
     _check_reach(model, loss)
-    return Rehearsal(own_loss)
+    return Rehearsal(own_loss, whole_logits=whole_logits)
 
 
 def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsal:
@@ -82,7 +85,7 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
         plan = Plan.of(model, tp_size)
         convert(model, plan)
         with Watch(model, tp_size) as watch:
-            loss, own_loss = _pass(model)
+            loss, own_loss, whole_logits = _pass(model)
         _check_reach(model, loss)
         summed = unsummed(model, loss, plan)
     except ConfigError:
@@ -95,29 +98,33 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
             "own random numbers, and on activations that are whole, where all need the same. Set one of them to 0 in "
             "the model's config.json (attention_dropout, or resid_pdrop, residual_dropout, …), or take tp_size 1"
         )
-    return Rehearsal(own_loss, summed, watch.blocks, "divided" in watch.random)
+    return Rehearsal(own_loss, summed, watch.blocks, "divided" in watch.random, whole_logits)
 
 
-def _pass(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:
-    """(the loss of a training pass, whether it had to be computed from the logits); what `train_step` does."""
+def _pass(model: torch.nn.Module) -> tuple[torch.Tensor, bool, str]:
+    """What `train_step` does: (the loss, `own_loss`, `whole_logits`)."""
     usual = model.loss_function is ForCausalLMLoss  # which the run replaces by an equal one
+    asked: set[str] = set()
+    why = delay_logits(model.get_output_embeddings(), asked)
     try:
-        loss, counted = _forward(model)
+        loss, counted, late = _forward(model)
     except (TypeError, AttributeError) as error:
         if not any(words in str(error) for words in ("unexpected keyword", "has no attribute 'loss'")):
             raise
         counted = False
-    if counted and usual:
-        return loss, False
-    loss_from_logits(model)
-    loss, counted = _forward(model)
-    if not counted:
-        raise ValueError("its logits are not one vector per token")
-    return loss, True
+    own_loss = not (counted and usual)
+    if own_loss:
+        loss_from_logits(model)
+        asked.clear()
+        loss, counted, late = _forward(model)
+        if not counted:
+            raise ValueError("its logits are not one vector per token")
+    why = why or f"its class calls {', '.join(sorted(asked)) or 'no head'} on the way to its loss"
+    return loss, own_loss, "" if late else why
 
 
-def _forward(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:
-    """(the loss, whether it is `loss_function`'s of all logits and labels, and of the number of targets)."""
+def _forward(model: torch.nn.Module) -> tuple[torch.Tensor, bool, bool]:
+    """(the loss; whether it is `loss_function`'s, of all logits, labels and the number of targets; and of `Logits`)."""
     calls, device = [], next(model.parameters()).device
     ids, count = torch.zeros(SAMPLE, dtype=torch.long, device=device), torch.ones((), device=device)
 
@@ -125,14 +132,17 @@ def _forward(model: torch.nn.Module) -> tuple[torch.Tensor, bool]:
         logits: torch.Tensor, labels: Any, vocab_size: int = 0, num_items_in_batch: Any = None, **_: Any
     ) -> torch.Tensor:
         """A loss that shows where it comes from."""
-        loss = Leave.apply(logits).sum()
-        calls.append((loss, logits.shape[:2] == ids.shape and labels is ids and num_items_in_batch is count))
+        late = isinstance(logits, Logits) and logits.made is None
+        right = logits.shape[:2] == ids.shape and labels is ids and num_items_in_batch is count
+        loss = Leave.apply(computed(logits, "loss")).sum()
+        calls.append((loss, right, late))
         return loss
 
     model.train().loss_function = loss_function
     loss = model(input_ids=ids, labels=ids, num_items_in_batch=count, use_cache=False).loss
     unchanged = loss._version == 0  # an auxiliary loss may be added in place
-    return loss, unchanged and any(result is loss and right for result, right in calls)
+    same = [(right, late) for result, right, late in calls if result is loss]
+    return loss, unchanged and any(right for right, _ in same), all(late for _, late in same)
 
 
 def _check_reach(model: torch.nn.Module, loss: torch.Tensor) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.model.shard import Shard
 from tp2d_helpers.planning.traffic import state_bytes
+from tp2d_helpers.speed.cross_entropy import ROWS, worth_chunks
+from tp2d_helpers.speed.gradients import BUCKET, in_fp32
 from tp2d_helpers.speed.graphs import host_bound
 from tp2d_helpers.speed.optimizations import chosen_optimizations, peers_copy
 from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
@@ -38,11 +40,11 @@ SUMS = 2
 BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
-# softmax and, where it isn't computed in place, one more. `loss.CrossEntropy` adds the gradient only if it is
+# softmax and, where it isn't computed in place, one more. `cross_entropy.CrossEntropy` adds the gradient only if it is
 # compiled ("fused"), else three fp32 tensors and a mask in its backward pass ("separate").
 LOSS_BYTES = {"whole": 8, "vocabulary": 12, "separate": 13, "fused": 2}
 
-BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`); two of them overlap
+STAGE_3_BUCKET = 500_000_000  # elements of a DeepSpeed gradient bucket (`reduce_bucket_size`)
 STAGE_3_LIVE = 1_050_000_000  # elements that stage 3 keeps gathered: `max_live_parameters` and one prefetch bucket
 STAGE_3_GROUP = 1_000_000_000  # elements that stage 3 steps at a time (`sub_group_size`)
 
@@ -64,9 +66,11 @@ class Setting:
     seq_length: int = 512
     activation_checkpointing: str = "none"  # or selective, full
     master_weights: str = "fp32"
+    gradient_dtype: str = "auto"
     lora_rank: int = 0  # with adapters beside all matrices of a layer: of fewer, it is a bound
     width: int = 2
     optimizations: frozenset[str] = frozenset()
+    whole_logits: bool = False  # a model whose loss can't take its logits in chunks (`Rehearsal.whole_logits`)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Setting:
@@ -76,6 +80,17 @@ class Setting:
         fp32 = precision == "fp32" or (precision == "auto" and not use_gpu)
         chosen, _ = chosen_optimizations(dict(config), bool(use_gpu))
         return cls(**{"width": 4 if fp32 else 2, **values, "optimizations": frozenset(chosen)})
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a gradient's sum over micro-batches and replicas."""
+        return 4 if in_fp32(self.gradient_dtype, self.master_weights, self.zero_stage) else self.width
+
+    @property
+    def sums(self) -> bool:
+        """Whether gradients are summed where they aren't made: over micro-batches or, but at stage 0, replicas."""
+        replicas = self.zero_stage > 0 and self.dp_size > 1
+        return self.zero_stage == 3 or self.gradient_accumulation_steps > 1 or replicas
 
     @property
     def one_pass_step(self) -> bool:
@@ -89,9 +104,8 @@ class Setting:
 
     def replays(self, shard: Shard) -> bool:
         """Whether the passes of a shard's model are CUDA graphs, where "auto" allows them."""
-        allowed = self.tp_size == 1 and self.activation_checkpointing == "none"
         small = host_bound(shard.layer_weights, self.tokens)
-        return "cuda_graph" in self.optimizations and allowed and small
+        return "cuda_graph" in self.optimizations and self.activation_checkpointing == "none" and small
 
     @property
     def loss(self) -> str:
@@ -99,6 +113,11 @@ class Setting:
         if "fused_loss" in self.optimizations:
             return "fused" if "compile" in self.optimizations else "separate"
         return "vocabulary" if self.tp_size > 1 else "whole"
+
+    def in_chunks(self, shard: Shard) -> bool:
+        """Whether of logits and their gradient there is a chunk at a time (`cross_entropy.HeadLoss`)."""
+        can = "fused_loss" in self.optimizations and self.zero_stage < 3 and not self.whole_logits
+        return can and worth_chunks(self.tokens, shard.hidden, not self.lora_rank)
 
     def trained(self, shard: Shard) -> int:
         """Parameters of a rank that have gradients and an optimizer's state: all, or with LoRA the adapters."""
@@ -144,20 +163,20 @@ def memory_per_gpu(shard: Shard, setting: Setting) -> Memory:
     on top: see `candidates`.
     """
     trained = setting.trained(shard)
-    state = state_bytes(trained, setting.dp_size, setting.zero_stage, setting.width)
+    state = state_bytes(trained, setting.dp_size, setting.zero_stage, setting.width, setting.gradient_width)
     if setting.lora_rank:  # what is frozen
         state["weights"] += setting.width * shard.parameters / (setting.dp_size if setting.zero_stage == 3 else 1)
     optimizer = state["masters and moments"] / (2 if setting.master_weights == "bf16" else 1)
-    divided = setting.zero_stage >= 1
-    partition = setting.width * trained / (setting.dp_size if divided else 1)
-    earlier = state["gradients"] if setting.gradient_accumulation_steps > 1 or setting.zero_stage == 3 else 0
+    earlier = state["gradients"] if setting.sums else 0  # there from the first step on, or of a micro-batch before
+    last = earlier or setting.width * trained
     kept, layer = activation_bytes(shard, setting)
     gathered, buckets = _buffers(shard, setting)
     at_loss = Memory(state["weights"], earlier, optimizer, kept, logit_bytes(shard, setting), gathered + buckets)
     in_backward = Memory(state["weights"], earlier, optimizer, kept + layer, 0, gathered + buckets)
-    at_end = Memory(state["weights"], partition, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
+    at_end = Memory(state["weights"], last, optimizer, 0, 0, _step_copies(shard, setting) or buckets)
     if setting.replays(shard):  # what the graphs use stays theirs
-        at_end = replace(at_end, gradients=state["gradients"], activations=kept, logits=at_loss.logits)
+        gradients = earlier + setting.width * trained
+        at_end = replace(at_end, gradients=gradients, activations=kept, logits=at_loss.logits)
     return max(at_loss, in_backward, at_end, key=lambda moment: moment.total)
 
 
@@ -188,18 +207,26 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
 
 
 def logit_bytes(shard: Shard, setting: Setting) -> float:
-    """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed."""
-    return setting.tokens * shard.vocabulary * (setting.width + LOSS_BYTES[setting.loss])
+    """Logits of a micro-batch [tokens, V/t], and what the loss makes of them before they are freed.
+
+    In chunks: those of a chunk, the gradient of the hidden states, and that of the head's weight in fp32, which the
+    backward pass, without a chunk, makes one in the weight's dtype of.
+    """
+    of_positions = setting.width + LOSS_BYTES[setting.loss]
+    if not setting.in_chunks(shard):
+        return setting.tokens * shard.vocabulary * of_positions
+    column = 0 if setting.lora_rank else shard.hidden
+    per_id = 4 * column + max(ROWS * of_positions, setting.width * column)
+    return shard.vocabulary * per_id + setting.tokens * setting.width * shard.hidden
 
 
 def _buffers(shard: Shard, setting: Setting) -> tuple[float, float]:
     """(gathered weights of stage 3, gradient buckets): bytes."""
     width, stage = setting.width, setting.zero_stage
     if stage == 3:
-        return width * min(shard.parameters, STAGE_3_LIVE), width * BUCKET
-    overlap = setting.dp_size > 1 and width != 4  # `engine.deepspeed_config`
-    bucket = min(BUCKET, setting.trained(shard)) if setting.lora_rank else BUCKET
-    return 0, width * bucket * (1 + overlap) if stage else 0
+        return width * min(shard.parameters, STAGE_3_LIVE), width * STAGE_3_BUCKET
+    travelling = min(3 * BUCKET, setting.trained(shard)) if stage == 2 and setting.dp_size > 1 else 0
+    return 0, setting.gradient_width * travelling
 
 
 def _step_copies(shard: Shard, setting: Setting) -> float:
@@ -211,4 +238,4 @@ def _step_copies(shard: Shard, setting: Setting) -> float:
         return setting.width * partition
     if setting.one_pass_step:
         return 0
-    return (setting.width + 4 * (setting.width != 4)) * partition
+    return (setting.gradient_width + 4 * (setting.gradient_width != 4)) * partition

@@ -15,6 +15,7 @@ from tp2d_helpers.model.shard import Matmul, Shard
 from tp2d_helpers.model.styles import COLUMN
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import all_reduces, zero_bytes
+from tp2d_helpers.speed.cross_entropy import ROWS
 from tp2d_helpers.speed.devices import Device
 
 
@@ -116,7 +117,11 @@ def _element_wise(shard: Shard, setting: Setting, device: Device) -> float:
     passes = sum(map(operator.mul, PASSES["compiled" if compiled else "eager"], widths))
     again = 1 if setting.activation_checkpointing == "none" else 4 / 3
     layers = again * shard.layers * setting.width * passes
-    return _moved(setting.tokens * (layers + LOSS_PASSES[setting.loss] * shard.vocabulary), device)
+    sums = (setting.width + 2 * setting.gradient_width) * setting.trained(shard) if setting.sums else 0
+    # The head's gradient in fp32: read and written at each chunk, then read once and written in the weight's dtype.
+    chunks = -(-setting.tokens // ROWS) if setting.in_chunks(shard) and not setting.lora_rank else 0
+    head = shard.hidden * shard.vocabulary * (8 * chunks + (4 + setting.width) * bool(chunks))
+    return _moved(setting.tokens * (layers + LOSS_PASSES[setting.loss] * shard.vocabulary) + head + sums, device)
 
 
 def _tp_seconds(shard: Shard, setting: Setting, device: Device, network: Network) -> float:
@@ -156,7 +161,8 @@ def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
         return 0.0
     rate = _rate(setting.tp_size * dp, device, network)
     sent = shard.parameters if stage == 3 else setting.trained(shard)
-    total = zero_bytes(sent, dp, stage, setting.gradient_accumulation_steps, setting.width) / rate
+    count, widths = setting.gradient_accumulation_steps, (setting.width, setting.gradient_width)
+    total = zero_bytes(sent, dp, stage, count, *widths) / rate
     gather = (dp - 1) / dp * setting.width * setting.trained(shard) / rate if stage in (1, 2) else 0.0
     return max(0.0, total - gather - hidden) + gather + MEASURED["latency"] * math.log2(dp)
 
@@ -164,10 +170,11 @@ def _dp_seconds(shard: Shard, setting: Setting, device: Device, network: Network
 def _optimizer(shard: Shard, setting: Setting, device: Device) -> float:
     """AdamW reads gradient (2 bytes), master and moments (12), writes these and the weight (14): 28 per parameter.
 
-    The pass for the norm before it reads 2, at 1.2 TB/s on an H200: as long as 7 take.
+    The pass for the norm before it reads 2, at 1.2 TB/s on an H200: as long as 7 take. Sums in fp32 are 2 more in each.
     """
     kind = "fused" if setting.one_pass_step else "deepspeed"
-    return _moved(STEP_BYTES[kind] * setting.trained(shard) / (setting.dp_size if setting.zero_stage else 1), device)
+    size = STEP_BYTES[kind] + (2 + 2 if setting.sums and setting.gradient_width > setting.width else 0)
+    return _moved(size * setting.trained(shard) / (setting.dp_size if setting.zero_stage else 1), device)
 
 
 def _moved(size: float, device: Device) -> float:

@@ -7,6 +7,7 @@ and what would be right.
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
@@ -25,6 +26,7 @@ from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.preflight.weights import check_weights
 from tp2d_helpers.speed.devices import Device, device_named
+from tp2d_helpers.speed.gradients import in_fp32
 from tp2d_helpers.speed.layers import decoder_layers
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
@@ -84,6 +86,7 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
     special = ", equal to one process on a small model" * (config.tp_size > 1)
     special += ", loss computed from the logits" * needs.own_loss
+    special += f", logits computed whole ({needs.whole_logits})" * bool(needs.whole_logits)
     special += f", gradients of {len(needs.summed)} whole weights summed over the ranks" * bool(needs.summed)
     kind = model.config.model_type + (f", the text model of {model.part_of} alone" if model.part_of else "")
     return f"{name}: {kind}, {model.parameters:,} parameters, {weights}", (
@@ -139,8 +142,10 @@ def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, s
     Raises:
         ConfigError: if it is more than the GPU has. Between `SAFE` and all of the GPU, the row says that it is tight.
     """
-    setting = Setting.of(config.model_dump())
-    memory = memory_per_gpu(model.shard(setting.tp_size), setting)
+    setting, shard = Setting.of(config.model_dump()), model.shard(config.tp_size)
+    if setting.in_chunks(shard) and rehearse(model.config, config.tp_size).whole_logits:
+        setting = replace(setting, whole_logits=True)
+    memory = memory_per_gpu(shard, setting)
     share = memory.total / GIB / device.memory
     found = f"{memory.total / GIB:.1f} of {device.memory:.1f} GiB per GPU"
     if share > 1:
@@ -166,7 +171,8 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
     """(what the devices compute in, what the run will), by the GPU types that Ray reports.
 
     Raises:
-        ConfigError: for bf16 master weights of a run that doesn't compute in bf16, and for fp16 on a CPU without it.
+        ConfigError: for bf16 master weights or sums of gradients of a run that doesn't compute in bf16, for sums in
+            fp32 where nothing takes them, and for fp16 on a CPU without it.
     """
     old = settled_precision(config.change(precision="auto"), resources) == "fp16"
     precision = settled_precision(config, resources).replace("auto", "bf16")
@@ -175,8 +181,21 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
             f"master_weights = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
             "bf16 masters need precision 'bf16', all others take master_weights 'fp32'"
         )
+    if config.gradient_dtype == "bf16" and precision != "bf16":
+        raise ConfigError(
+            f"gradient_dtype = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
+            "take 'auto', or precision 'bf16'"
+        )
+    if config.gradient_dtype == "fp32" != precision and (config.zero_stage == 0 or config.master_weights == "bf16"):
+        low = "zero_stage = 0" if config.zero_stage == 0 else "master_weights = 'bf16'"
+        raise ConfigError(
+            f"gradient_dtype = 'fp32': with {low} gradients are summed in {precision}; "
+            f"take 'auto', or another {low.split()[0]}"
+        )
     if precision == "fp16" and not (config.use_gpu or CPU_Accelerator().is_fp16_supported()):
         raise ConfigError("precision = 'fp16': this CPU lacks instructions for it (AVX512-FP16); take 'fp32' or 'bf16'")
     found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
     precision += " with loss scaling" if precision == "fp16" else ""
-    return found, f"{precision}, {config.master_weights} master weights, {'NCCL' if config.use_gpu else 'gloo'}"
+    sums = "fp32" if in_fp32(config.gradient_dtype, config.master_weights, config.zero_stage) else precision[:4]
+    kept = f"{config.master_weights} master weights, {sums} gradient sums"
+    return found, f"{precision}, {kept}, {'NCCL' if config.use_gpu else 'gloo'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,14 @@ from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput
 
 from tp2d_helpers.speed import documents
-from tp2d_helpers.speed.agreement import first_trouble
+from tp2d_helpers.speed.agreement import everywhere, first_trouble
 
 # Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
-# them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at the 0.45 PFLOP/s of small matmuls.
-HOST_BOUND = 1.25e12
+# them: 2.8 ms for a compiled layer (`step_time.HOST_LAYER`), at 0.45 PFLOP/s of small matmuls. The planner goes by it.
+# Hosts differ by a factor of two, so a run measures if it is below `DOUBT` times as many.
+HOST_BOUND, DOUBT = 1.25e12, 6
+# Of the time that passes take, the share spent launching them from which on the GPU waits for its host.
+WAITS = 0.8
 
 _replayed = 0  # bytes that graphs use while they run, and that the allocator takes for free
 
@@ -30,6 +34,11 @@ _replayed = 0  # bytes that graphs use while they run, and that the allocator ta
 def host_bound(layer_parameters: float, tokens: int) -> bool:
     """Whether a GPU waits for its host at this micro-batch: 6 operations per token and parameter of a layer's shard."""
     return 6 * layer_parameters * tokens < HOST_BOUND
+
+
+def may_be_host_bound(layer_parameters: float, tokens: int) -> bool:
+    """Whether it takes a measurement to know."""
+    return host_bound(layer_parameters, tokens / DOUBT)
 
 
 def peak_memory() -> int:
@@ -54,7 +63,8 @@ class Loss(torch.nn.Module):
 def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool, alone: bool) -> str:
     """Let training on micro-batches of this shape replay graphs; all else (evaluation, padding) runs as before.
 
-    The graphs hold the addresses of the weights, which must stay where they are. Collective over the world: if a rank
+    That is, if the host is what a step waits for on some rank. The graphs hold the addresses of the weights, which must
+    stay where they are. Collective over the world: if a rank
     can't capture its passes, none replays them, as a graph hands out gradients in an order of its own.
 
     Args:
@@ -69,15 +79,15 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
     whole, device = model.forward, next(model.parameters()).device
     ids = torch.zeros(shape, dtype=torch.long, device=device)
     sample = (ids, ids.clone(), torch.ones((), device=device))
-    loss, trouble = None, ""
-    try:
-        loss = capture(Loss(model.train()), sample)
-    except RuntimeError as error:  # a model that asks the GPU for a number before it goes on, or no memory left
-        if isinstance(error, torch.OutOfMemoryError) and not alone:
-            raise
-        trouble = str(error).splitlines()[0]
-    if trouble := first_trouble(trouble):
-        del loss
+    passes, weights, aliases = _passes(Loss(model.train()), sample)
+    waits, trouble = _tried(_waits_for_host, passes, (*sample, *aliases), alone)
+    trouble = first_trouble(trouble) or ("" if any(everywhere(waits)) else "a step waits for the GPU, not for its host")
+    replay = None
+    if not trouble:
+        replay, trouble = _tried(_graphed, passes, (*sample, *aliases), alone)
+        trouble = first_trouble(trouble)
+    if trouble:
+        del replay
         _forget_graphs()
         return trouble
 
@@ -88,7 +98,7 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
         alike = [getattr(tensor, "shape", None) for tensor in tensors] == [tensor.shape for tensor in sample]
         if not (alike and model.training and torch.is_grad_enabled()):
             return whole(*args, use_cache=use_cache, **batch)
-        return CausalLMOutput(loss=loss(*tensors).clone())  # the next replay writes it again
+        return CausalLMOutput(loss=replay(*tensors, *weights).clone())  # the next replay writes it again
 
     model.forward = forward
     if keeps_gradients:
@@ -97,22 +107,45 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
     return ""
 
 
-def capture(loss: Loss, sample: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:
-    """`loss` as a function that replays graphs. Gradients of the same weight lie in the same place each time.
+def _passes(loss: Loss, sample: tuple[torch.Tensor, ...]) -> tuple[Callable[..., torch.Tensor], tuple, list]:
+    """(`loss` of the sample's tensors and, after them, aliases of the weights; the weights; their aliases).
 
-    They are captured for aliases of the weights: the engine's hooks tie the weights themselves to the default stream,
-    which can't be captured.
+    The engine's hooks tie the weights themselves to the default stream, which can't be captured.
     """
     names, weights = zip(*loss.named_parameters(), strict=True)
     aliases = [torch.nn.Parameter(weight.detach(), weight.requires_grad) for weight in weights]
 
     def passes(*tensors: torch.Tensor) -> torch.Tensor:
-        """The loss from the sample's tensors and, after them, the aliases."""
+        """The loss."""
         swapped = dict(zip(names, tensors[len(sample) :], strict=True))
         return torch.func.functional_call(loss, swapped, tensors[: len(sample)])
 
-    replay = _graphed(passes, (*sample, *aliases))
-    return lambda *tensors: replay(*tensors, *weights)
+    return passes, weights, aliases
+
+
+def _tried(attempt: Callable, passes: Callable, inputs: tuple[torch.Tensor, ...], alone: bool) -> tuple[Any, str]:
+    """(what it returns, "") or (None, why it failed)."""
+    try:
+        return attempt(passes, inputs), ""
+    except RuntimeError as error:  # a model that asks the GPU for a number before it goes on, or no memory left
+        if isinstance(error, torch.OutOfMemoryError) and not alone:
+            raise
+        return None, str(error).splitlines()[0]
+
+
+def _waits_for_host(passes: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether to launch the passes takes about as long as they take: measured, after two that compile and warm up."""
+    for _ in range(3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        begin.record()
+        loss = passes(*inputs)
+        torch.autograd.grad(loss, [tensor for tensor in inputs if tensor.requires_grad], allow_unused=True)
+        launched = time.perf_counter() - start
+        end.record()
+        torch.cuda.synchronize()
+    return launched > WAITS * begin.elapsed_time(end) / 1000
 
 
 def _graphed(passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor]:

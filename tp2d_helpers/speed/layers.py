@@ -134,11 +134,11 @@ def block_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return args[0] if args else kwargs.get("hidden_states")
 
 
-def _enter_block(columns: list[ColumnLinear], _: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    x = block_input(args, kwargs)
+def _enter_block(columns: list[ColumnLinear], block: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    x, group = block_input(args, kwargs), columns[0].mp_group.group_name
     weights, biases = [column.weight for column in columns], [column.bias for column in columns]
-    group = columns[0].mp_group.group_name
-    for column, part in zip(columns, ColumnMatmuls.apply(x, group, *weights, *biases), strict=True):
+    matmuls, cast = (ColumnMatmuls, ()) if not hasattr(block, "float8") else block.float8.columns_of_block
+    for column, part in zip(columns, matmuls.apply(x, group, *cast, *weights, *biases), strict=True):
         column.part = part
 
 
@@ -179,7 +179,7 @@ def compile_layers(model: torch.nn.Module) -> None:
 
 # What "selective" checkpointing keeps: the results of matmuls, attention and communication. The element-wise
 # rest is cheap to compute again.
-KEPT = {"mm", "addmm", "bmm", "row_matmul", "_varlen_attn"}
+KEPT = {"mm", "addmm", "bmm", "_scaled_mm", "row_matmul", "row_matmul8", "_varlen_attn"}
 
 
 def _keep_matmuls(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -1,4 +1,4 @@
-"""The cross-entropy of next-token prediction, with the vocabulary divided over the TP group."""
+"""The loss of next-token prediction: what the model's own loss function is replaced by."""
 
 from __future__ import annotations
 
@@ -8,62 +8,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.module_inject.layers import VocabParallelLinear
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from tp2d_helpers.data.dataset import IGNORED
-from tp2d_helpers.speed import reductions
+from tp2d_helpers.speed.cross_entropy import CrossEntropy, HeadLoss, Vocabulary, chunk_step, worth_chunks
+from tp2d_helpers.speed.logits import Logits, delay_logits
 
 
-def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup, operation: str = "sum") -> torch.Tensor:
-    """The reduction over the group, as a new tensor; the device waits for it."""
-    return torch.ops.tp2d.all_reduce(tensor, operation, group.group_name)
+def causal_lm_loss(vocabulary: Vocabulary, compiled: bool) -> Callable[..., torch.Tensor]:
+    """The loss of next-token prediction, with the signature of `transformers`' loss functions."""
 
+    def whole(logits: torch.Tensor, targets: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """From all logits [positions, V/t]."""
+        return CrossEntropy.apply(logits, targets, vocabulary).sum() / count
 
-class CrossEntropy(torch.autograd.Function):
-    """−log softmax(logits)[target] of each position, with the vocabulary divided over the TP group.
-
-    Each rank has the logits of its tokens only: [positions, V/t]. What travels is three numbers per position. The
-    gradient, softmax − onehot, is computed from the logits again, so that nothing in fp32 is kept between the passes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None, first: int
-    ) -> torch.Tensor:
-        """fp32 [positions], 0 where there is no target; `first` is the token id of this rank's first logit."""
-        scores, local = logits.float(), targets - first
-        mine = (local >= 0) & (local < logits.shape[-1])
-        picked = scores.gather(-1, torch.where(mine, local, 0).unsqueeze(-1)).squeeze(-1)
-        picked, normaliser = torch.where(mine, picked, 0.0), torch.logsumexp(scores, -1)
-        if group is not None:
-            highest = all_reduce(normaliser, group, "max")
-            total, picked = all_reduce(torch.stack([torch.exp(normaliser - highest), picked]), group).unbind()
-            normaliser = highest + torch.log(total)
-        ctx.save_for_backward(logits, targets, normaliser)
-        ctx.first = first
-        return torch.where(targets != IGNORED, normaliser - picked, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """[positions, V/t] in the dtype of the logits."""
-        logits, targets, normaliser = ctx.saved_tensors
-        target = torch.arange(logits.shape[-1], device=logits.device) == (targets - ctx.first).unsqueeze(-1)
-        weight = torch.where(targets != IGNORED, gradient, 0.0).unsqueeze(-1)
-        softmax = torch.exp(logits.float() - normaliser.unsqueeze(-1))
-        return (torch.where(target, softmax - 1, softmax) * weight).to(logits.dtype), None, None, None
-
-
-def causal_lm_loss(group: dist.ProcessGroup | None, first: int) -> Callable[..., torch.Tensor]:
-    """The loss of next-token prediction, with the signature of `transformers`' loss functions.
-
-    Args:
-        group: the TP group that the vocabulary is divided over; None if it isn't.
-        first: this rank's first token id.
-    """
+    compiles = functools.partial(torch.compile, dynamic=False) if compiled else lambda function: function
+    whole = compiles(whole)
+    steps = functools.cache(lambda operations: compiles(chunk_step(vocabulary, operations)))
+    group = vocabulary.group and vocabulary.group.group_name
 
     def loss(
         logits: torch.Tensor,
@@ -73,22 +37,32 @@ def causal_lm_loss(group: dist.ProcessGroup | None, first: int) -> Callable[...,
         **_: Any,
     ) -> torch.Tensor:
         """The sum over the positions, divided by `num_items_in_batch`, or else by how many have a target."""
-        targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED)  # cheaper than to cut the logits, which copies them
-        losses = CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), group, first)
+        # Cheaper than to cut the logits, which copies them.
+        targets = F.pad(labels[..., 1:], (0, 1), value=IGNORED).flatten()
         count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return losses.sum() / count
+        count = torch.as_tensor(count, dtype=torch.float32, device=targets.device)
+        if isinstance(logits, Logits):
+            head, hidden = logits.head.module, logits.hidden.flatten(0, -2)
+            if logits.made is None and worth_chunks(*hidden.shape, head.weight.requires_grad):
+                step = steps(logits.operations)
+                return HeadLoss.apply(hidden, head.weight, head.bias, targets, count, step, group)
+            logits = logits.whole("loss")
+        return whole(logits.flatten(0, -2), targets, count)
 
     return loss
 
 
-def fuse_loss(model: torch.nn.Module, compiled: bool) -> None:
-    """Replace the model's loss by `causal_lm_loss`."""
+def fuse_loss(model: torch.nn.Module, compiled: bool, in_chunks: bool = True) -> None:
+    """Replace the model's loss by `causal_lm_loss`.
+
+    Args:
+        in_chunks: whether to compute the logits of a large micro-batch in chunks. The head's weight must be there when
+            the loss is computed, not only while the head is called.
+    """
     head = model.get_output_embeddings()
-    parallel = isinstance(head, VocabParallelLinear)
-    if parallel:
-        reductions.register(head.mp_group)
-    loss = causal_lm_loss(head.mp_group if parallel else None, head.vocab_start_index if parallel else 0)
-    model.loss_function = torch.compile(loss, dynamic=False) if compiled else loss
+    if in_chunks:
+        delay_logits(head)
+    model.loss_function = causal_lm_loss(Vocabulary.of(head), compiled)
 
 
 def loss_from_logits(model: torch.nn.Module) -> None:

@@ -17,6 +17,7 @@ from tp2d_helpers import startup
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.speed import frozen, graphs, layers, reductions
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
+from tp2d_helpers.speed.float8 import compute_in_fp8
 from tp2d_helpers.speed.loss import fuse_loss
 from tp2d_helpers.speed.optimizer import fuse_step
 
@@ -26,9 +27,8 @@ STAGE_3_CANNOT = {"compile", "block_all_reduce", "peer_copies", "cuda_graph"}
 def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str], str]:
     """(names of `OPTIMIZATIONS` that a run uses, why one that was asked for is left out).
 
-    "auto" takes all that help: on CPUs, compilation costs a minute and gains little; graphs are for one GPU per copy
-    of the model. Copies are between two peers, and not in a graph: each goes to another inbox than the one before; nor
-    are they beside frozen weights, without whose gradients there is nothing to hide them behind.
+    "auto" takes all that help: on CPUs, compilation costs a minute and gains little. Copies are between two peers, and
+    not beside frozen weights, without whose gradients there is nothing to hide them behind.
     Packed documents are as many as a micro-batch happens to have, and a graph's inputs have one shape.
     """
     names, stage, tp_size = config.get("optimizations", "auto"), config.get("zero_stage", 1), config.get("tp_size", 1)
@@ -36,13 +36,13 @@ def chosen_optimizations(config: dict[str, Any], on_gpu: bool) -> tuple[set[str]
     if names == "auto" and not on_gpu:
         chosen.discard("compile")
     recomputes = config.get("activation_checkpointing", "none") != "none"
-    if not on_gpu or recomputes or (names == "auto" and tp_size > 1):
+    if not on_gpu or recomputes:
         chosen.discard("cuda_graph")
     trouble = []
     if "cuda_graph" in chosen and config.get("packing") == "documents":
         chosen.discard("cuda_graph")
         trouble.append("no cuda_graph: micro-batches hold different numbers of documents")
-    if "cuda_graph" in chosen or config.get("lora_rank") or not (on_gpu and peers_copy(chosen, tp_size)):
+    if config.get("lora_rank") or not (on_gpu and peers_copy(chosen, tp_size)):
         chosen.discard("peer_copies")
     if stage == 3 and chosen & STAGE_3_CANNOT:
         return chosen - STAGE_3_CANNOT, "ZeRO stage 3 gathers a layer's weights as that layer is called, and not before"
@@ -73,19 +73,22 @@ def optimize(
     graphs.skip_search_for_packed_samples(model)
     if "block_all_reduce" in names:
         (frozen.enter_once_per_block if config.get("lora_rank") else layers.reduce_once_per_block)(model, blocks)
+    if config.get("precision") == "fp8":
+        compute_in_fp8(engine, "compile" in names)
     if "peer_copies" in names:
         elements = math.prod(shape) * model.config.get_text_config().hidden_size
         _say("no peer_copies but NCCL", reductions.copy_between_peers(tp_group, elements, model.dtype))
     if "fused_loss" in names:
-        fuse_loss(model, "compile" in names)
+        fuse_loss(model, "compile" in names, in_chunks=engine.zero_optimization_stage() < 3)
     if "fused_step" in names:
         fuse_step(engine)
     layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
     if "compile" in names:
         layers.compile_layers(model)
-    if "cuda_graph" in names and graphs.host_bound(layers.layer_parameters(model), math.prod(shape)):
-        keeps = engine.zero_optimization_stage() == 0 or config.get("gradient_accumulation_steps", 1) > 1
-        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, alone=tp_group.size() == 1))
+    if "cuda_graph" in names and graphs.may_be_host_bound(layers.layer_parameters(model), math.prod(shape)):
+        keeps = engine.zero_optimization_stage() == 0  # else they are summed elsewhere
+        with reductions.by_collectives(tp_group):
+            _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, alone=tp_group.size() == 1))
     startup.mark("optimizations")
 
 

@@ -7,6 +7,7 @@ they are, and clipping and the check for infinities are arguments of the fused A
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -15,10 +16,12 @@ import deepspeed.comm
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch.optim.adamw import adamw
 
 from tp2d_helpers.speed.agreement import everywhere
+from tp2d_helpers.speed.gradients import SummingZeroOptimizer
+from tp2d_helpers.speed.loss_scale import LossScale
 
 try:
     from tp2d_helpers.speed.kernels import OnePassAdamW
@@ -26,23 +29,26 @@ except ImportError:  # Triton comes with PyTorch for GPUs only
     OnePassAdamW = None
 
 
-class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
+class FusedZeroOptimizer(SummingZeroOptimizer):
     """ZeRO 1 or 2 with AdamW and fp32 masters, whose step has no host synchronisation. See `fuse_step`."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update the partition and gather the weights; gradients that aren't finite leave all as it was."""
         self.micro_step_id = INITIAL_MICRO_STEP_ID
-        norm = self._norm()
+        scale = self.settle()
+        self.rate = self.optimizer.param_groups[0]["lr"]  # of this step; the schedule goes on after it
+        norm = self._norm() / scale
         self._global_grad_norm, self.overflow = norm, False
         clip = ((norm + 1e-6) / self.clip_grad).clamp(min=1.0) if self.clip_grad else torch.ones_like(norm)
+        clip = clip * scale
         infinite = (~torch.isfinite(norm)).float()  # the step is left out then
         scalars = self._count_step(clip, infinite)
         for i in range(len(self.bit16_groups)):
             self.free_grad_in_param_list(self.params_not_in_partition[i])
             self._step_group(i, clip, infinite, scalars)
             self.free_grad_in_param_list(self.params_in_partition[i])
-            self.averaged_gradients[i] = self.all_grad_tensors[i] = None
+            self.averaged_gradients[i] = None
         self._lazy_init_hp_params_optimizer_state()
         if dist.get_world_size(self.dp_process_group) > 1:
             all_gather_dp_groups(
@@ -52,6 +58,24 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
                 start_alignment_factor=self.nccl_start_alignment_factor,
                 allgather_bucket_size=self.allgather_bucket_size,
             )
+        if self.dynamic_loss_scale:
+            self._loss_scale().move(infinite)
+
+    def scale_if_loss(self, value: torch.Tensor) -> torch.Tensor:
+        """The loss times fp16's loss scale."""
+        return value * self._loss_scale().value if self.dynamic_loss_scale else value
+
+    def settle(self) -> torch.Tensor | float:
+        """The loss scale, and know on the host which steps before were left out."""
+        if not self.dynamic_loss_scale:
+            return 1.0
+        self._loss_scale().settle()
+        return self._loss_scale().value
+
+    def _loss_scale(self) -> LossScale:
+        if self.scale is None:  # made with the first loss, when loading is over
+            self.scale = LossScale(self.loss_scaler, self.device, self.left_out)
+        return self.scale
 
     def _norm(self) -> torch.Tensor:
         """L2 norm of the whole model's gradients, a 0-dim fp32 tensor. A weight that TP left whole counts once."""
@@ -97,11 +121,6 @@ class FusedZeroOptimizer(DeepSpeedZeroOptimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
         return state
 
-    def reduce_ready_partitions_and_remove_grads(self, param: torch.nn.Parameter, i: int) -> None:
-        """Nothing to reduce with one replica: DeepSpeed would copy each gradient through its bucket all the same."""
-        if dist.get_world_size(self.dp_process_group) > 1:
-            super().reduce_ready_partitions_and_remove_grads(param, i)
-
 
 def _fused_adamw(
     gradients: list[torch.Tensor], masters: torch.Tensor, means: torch.Tensor, squares: torch.Tensor,
@@ -121,15 +140,30 @@ def _fused_adamw(
 
 
 def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Let `engine.step()` take the short way where it can: ZeRO 1 or 2, AdamW, fp32 masters, no loss scaling."""
+    """Let `engine.step()` take the short way where it can: ZeRO 1 or 2, AdamW, fp32 masters."""
     optimizer = engine.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
+    if type(optimizer) is not SummingZeroOptimizer or not isinstance(optimizer.optimizer, torch.optim.AdamW):
         return
-    if not engine.fp16_enabled() and optimizer.single_partition_of_fp32_groups[0].dtype == torch.float32:
+    if optimizer.single_partition_of_fp32_groups[0].dtype == torch.float32:
         # The kernels round differently: with both in a TP group, weights that all ranks hold would drift apart.
         triton = all(everywhere(OnePassAdamW is not None))
         optimizer.__class__, optimizer.one_pass = FusedZeroOptimizer, {} if triton else None
+        optimizer.scale, optimizer.left_out = None, functools.partial(_take_back, engine)
         # The schedule misses the step of the optimizer inside, which is never called.
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
         betas = optimizer.optimizer.param_groups[0]["betas"]
         optimizer.betas = torch.tensor(betas, dtype=torch.float64, device=optimizer.device)
+
+
+def _take_back(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Count a step as skipped that the engine has taken for done: the schedule doesn't go on for it."""
+    engine.skipped_steps += 1
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.last_epoch -= 2
+        engine.lr_scheduler.step()
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor:
+    """fp16's loss scale of the next step; on the device, where nothing has asked for it yet."""
+    optimizer = engine.optimizer
+    return optimizer.scale.value if isinstance(optimizer, FusedZeroOptimizer) else optimizer.cur_scale

@@ -7,7 +7,10 @@ the matmuls beside them, and hide nothing (measured: ci/benchmark/README.md, "Wh
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,6 +99,16 @@ def register(group: dist.ProcessGroup) -> None:
         REDUCERS[group.group_name] = Collectives(group)
 
 
+@contextlib.contextmanager
+def by_collectives(group: dist.ProcessGroup) -> Iterator[None]:
+    """All-reduce over the group by NCCL: in a graph, copies would go to the same inbox each time."""
+    found = REDUCERS.get(group.group_name)
+    REDUCERS[group.group_name] = Collectives(group)
+    yield
+    if found is not None:
+        REDUCERS[group.group_name] = found
+
+
 def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
     """Let the all-reduces over a group of two GPUs use `PeerCopies`, if all groups' can. Collective over the world.
 
@@ -160,6 +173,36 @@ def column_gradients(
     return dx, dw
 
 
+def row_matmul8(
+    y: torch.Tensor, weight: torch.Tensor, y_scale: torch.Tensor, scale: torch.Tensor, group: str
+) -> torch.Tensor:
+    """`row_matmul` of y [rows, k/t] and weight [n, k/t] in fp8 (`float8.py`): [rows, n] in bf16."""
+    z, reducer = y.new_empty(len(y), len(weight), dtype=torch.bfloat16), REDUCERS[group]
+    halves = 2 if len(y) >= ROWS_TO_HALVE else 1
+    for part, result in zip(y.chunk(halves), z.chunk(halves), strict=True):
+        torch._scaled_mm(part, weight.t(), y_scale, scale, out_dtype=z.dtype, use_fast_accum=True, out=result)
+        reducer.begin(result)
+    reducer.finish()
+    return z
+
+
+def column_gradients8(
+    gradient: torch.Tensor, inputs: torch.Tensor, columns: torch.Tensor, gradient_scale: torch.Tensor,
+    input_scale: torch.Tensor, scale: torch.Tensor, group: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`column_gradients` in fp8, of all the layers' weights together: (Σ G W over the TP group, Gᵀ X) in bf16.
+
+    Args:
+        gradient: [rows, Σn/t]; inputs: Xᵀ [k, rows]; columns: Wᵀ [k, Σn/t].
+    """
+    how, reducer = dict(out_dtype=torch.bfloat16, use_fast_accum=True), REDUCERS[group]
+    dx = torch._scaled_mm(gradient, columns.t(), gradient_scale, scale, **how)
+    reducer.begin(dx)
+    dw = torch._scaled_mm(gradient.t().contiguous(), inputs.t(), gradient_scale, input_scale, **how)
+    reducer.finish()
+    return dx, dw
+
+
 def all_reduce(x: torch.Tensor, operation: str, group: str) -> torch.Tensor:
     """The all-reduce ("sum" or "max") of x over the TP group, as a new tensor; the device waits for it."""
     result = x.clone(memory_format=torch.contiguous_format)
@@ -171,7 +214,12 @@ _library = torch.library.Library("tp2d", "DEF")
 _library.define("all_reduce(Tensor x, str operation, str group) -> Tensor")
 _library.define("row_matmul(Tensor y, Tensor weight, str group) -> Tensor")
 _library.define("column_gradients(Tensor x, Tensor[] gradients, Tensor[] weights, str group) -> (Tensor, Tensor[])")
-for _function in (all_reduce, row_matmul, column_gradients):
+_library.define("row_matmul8(Tensor y, Tensor weight, Tensor y_scale, Tensor scale, str group) -> Tensor")
+_library.define(
+    "column_gradients8(Tensor gradient, Tensor inputs, Tensor columns, Tensor gradient_scale, Tensor input_scale, "
+    "Tensor scale, str group) -> (Tensor, Tensor)"
+)
+for _function in (all_reduce, row_matmul, column_gradients, row_matmul8, column_gradients8):
     _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
 
 
@@ -190,3 +238,14 @@ def _(
     x: torch.Tensor, gradients: list[torch.Tensor], weights: list[torch.Tensor], group: str
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return x.new_empty(x.shape), [weight.new_empty(weight.shape) for weight in weights]
+
+
+@torch.library.register_fake("tp2d::row_matmul8", lib=_library)
+def _(y: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    return y.new_empty(len(y), len(weight), dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("tp2d::column_gradients8", lib=_library)
+def _(gradient: torch.Tensor, inputs: torch.Tensor, columns: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    dx = gradient.new_empty(len(gradient), len(columns), dtype=torch.bfloat16)
+    return dx, gradient.new_empty(gradient.shape[1], len(inputs), dtype=torch.bfloat16)

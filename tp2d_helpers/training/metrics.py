@@ -25,6 +25,7 @@ from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import Adapter
 from tp2d_helpers.speed import graphs
 from tp2d_helpers.speed.devices import device_named
+from tp2d_helpers.speed.optimizer import loss_scale
 
 
 def log_to_file(run_dir: str | Path, rank: int) -> None:
@@ -45,8 +46,8 @@ class StepMetrics:
     A record has `step`, `epoch`, `loss` (mean over all targets of the global batch), `grad_norm` (before clipping),
     `learning_rate`, `tokens` (real ones), `step_seconds`, `tokens_per_second`, `mfu` (None where the peak is unknown),
     `peak_memory_gib` (the highest of all ranks: GPU memory allocated, or on CPU the resident set of the process) and
-    `eval_loss` (of the held-out samples after the step, None where they weren't evaluated). A number that isn't finite
-    is written as null.
+    `eval_loss` (of the held-out samples after the step, None where they weren't evaluated). In fp16 also `loss_scale`,
+    after the step. A number that isn't finite is written as null, such as the norm of a step that was left out.
     """
 
     def __init__(
@@ -98,10 +99,14 @@ class StepMetrics:
             if dist.get_rank() == 0:
                 write_json(self.path.parent / "start.json", start)
         now = self._now()
+        # fp16 learns late that a step was left out, and that the next one's rate is the same.
+        rate = self.learning_rate = getattr(self.engine.optimizer, "rate", self.learning_rate)
         self.waiting.append(
             dict(step=step, epoch=epoch, loss=loss, grad_norm=self.engine.get_global_grad_norm(),
-                 learning_rate=self.learning_rate, tokens=tokens, step_seconds=(self.last, now), eval_loss=None)
+                 learning_rate=rate, tokens=tokens, step_seconds=(self.last, now), eval_loss=None)
         )  # fmt: skip
+        if self.engine.fp16_enabled():
+            self.waiting[-1]["loss_scale"] = loss_scale(self.engine)
         if not self.compared and self.learning_rate > 0:  # 0: the first step of a warm-up, which moves nothing
             self.engine.whole_weights.compare()
             self.compared, now = True, self._now()
@@ -142,6 +147,8 @@ class StepMetrics:
                 mfu=rate * self.mfu_per_rate if self.mfu_per_rate else None,
                 peak_memory_gib=memory.item(),
             )
+            if "loss_scale" in record:
+                record["loss_scale"] = float(record["loss_scale"])
         if dist.get_rank() == 0:
             append(self.path, self.waiting)
         flushed, self.waiting, self.newest_loss = self.waiting, [], losses[-1]

@@ -1,0 +1,116 @@
+"""What a precision costs in loss: runs that differ in it alone, on text, from the same random weights.
+
+    python ci/benchmark/losses.py --runs qwen2.5-0.5b:0:8:512,qwen2-7b:8:2:1024 --out losses.json --plot losses.png
+
+A run is shape:layers:micro-batch:sequence (0 layers: the shape's own), on one GPU, at a constant rate after 20 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from jobs import Job
+
+LAST = 50  # steps whose mean loss is compared
+
+
+def job_of(run: dict[str, Any], precision: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A job for `candidate.py`."""
+    return dict(
+        name="losses", kind="ours", tp=1, dp=1, zero=1, seq=run["seq"], optimizations="auto", sync="last",
+        precision=precision, gradients="fp32", lora_rank=0, activation_checkpointing="none", packing="plain",
+        shape=run["shape"], steps=options.steps, warmup=0, profile=False, micro_batch=run["micro_batch"],
+        accumulation=1, learning_rate=options.learning_rate, model=run["model"],
+        text=str(options.scratch / "text" / "train.jsonl"),
+    )  # fmt: skip
+
+
+def difference(losses: dict[str, list[float]], precision: str) -> dict[str, float]:
+    """Of the mean loss over the last steps from bf16's, and the largest of such means over the run."""
+    pairs = list(zip(losses[precision], losses["bf16"], strict=True))
+    means = [
+        sum(now - then for now, then in pairs[at : at + LAST]) / LAST for at in range(0, len(pairs) - LAST + 1, LAST)
+    ]
+    return dict(last=means[-1], largest=max(means, key=abs))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """A panel per run: the losses, and their differences from bf16's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, len(report["runs"]), figsize=(5.5 * len(report["runs"]), 6), squeeze=False)
+    for run, (top, bottom) in zip(report["runs"], panels.T, strict=True):
+        for precision, losses in run["losses"].items():
+            top.plot(range(1, len(losses) + 1), losses, label=precision, lw=1)
+            if precision != "bf16":
+                off = [now - then for now, then in zip(losses, run["losses"]["bf16"], strict=True)]
+                bottom.plot(range(1, len(off) + 1), off, lw=0.8, label=f"{precision} less bf16")
+        layers = f", {run['layers']} layers" * bool(run["layers"])
+        top.set_title(f"{run['shape']}{layers}, {run['micro_batch']} × {run['seq']} tokens per step", fontsize=10)
+        top.set_ylabel("loss")
+        bottom.set_ylabel("difference")
+        bottom.axhline(0, color="black", lw=0.5)
+        bottom.set_xlabel("step")
+        top.legend(frameon=False)
+        bottom.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Train, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--runs", type=names, required=True, help="shape:layers:micro-batch:sequence, with commas")
+    parser.add_argument("--precisions", type=names, default=["bf16", "fp8"], help="bf16 first")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--time-limit", type=float, default=200, help="seconds for one run")
+    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm/losses"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG")
+    options = parser.parse_args()
+    options.scratch = options.scratch.absolute()
+    env = {"TP2D_CACHE": str(options.scratch / "cache"), "HF_DATASETS_CACHE": str(options.scratch / "datasets")}
+    report: dict[str, Any] = dict(
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), steps=options.steps,
+        learning_rate=options.learning_rate, compared=f"mean of the last {LAST} steps", runs=[],
+    )  # fmt: skip
+    for text in options.runs:
+        shape, *numbers = text.split(":")
+        run: dict[str, Any] = dict(zip(("layers", "micro_batch", "seq"), map(int, numbers), strict=True), shape=shape)
+        run["model"] = str(options.scratch / f"{shape}-{run['layers'] or 'all'}")
+        inputs = dict(models={shape: run["model"]}, layers={shape: run["layers"]}, text=str(options.scratch / "text"))
+        making = Job("inputs.py", inputs, 1, options.scratch / "jobs" / f"inputs-{shape}", env)
+        if error := making.wait(240):
+            raise SystemExit(f"the inputs could not be made: {error}")
+        report |= making.found()
+        run["losses"] = {}
+        for precision in options.precisions:
+            folder = options.scratch / "jobs" / f"{shape}-{precision}"
+            job = Job("candidate.py", job_of(run, precision, options), 1, folder, env)
+            job.release()
+            if error := job.wait(options.time_limit):
+                raise SystemExit(f"{text} in {precision}: {error}")
+            run["losses"][precision] = job.found()["losses"]
+        run["difference"] = {name: difference(run["losses"], name) for name in options.precisions[1:]}
+        del run["model"]
+        report["runs"].append(run)
+        options.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        print(text, run["difference"], flush=True)
+    if options.plot:
+        draw(report, options.plot)
+
+
+if __name__ == "__main__":
+    main()
