@@ -24,11 +24,11 @@ from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import tp_bytes
 from tp2d_helpers.preflight.checks import OLDEST
+from tp2d_helpers.preflight.connection import patience
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
 PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
 ANSWER_SECONDS = 30  # for a node to start a process and look at the storage
-BUILD_SECONDS = 900  # if it has to install packages first: Ray itself gives up after 600
 SIGHT_SECONDS = 3  # for a file to appear on another node of a network storage
 
 
@@ -145,8 +145,8 @@ def check_nodes(config: Config, probe: Path) -> str:
         What was found, in words; nothing for a cluster of one node.
 
     Raises:
-        ConfigError: with the first node that lacks something, or says nothing for `ANSWER_SECONDS`, or for
-            `BUILD_SECONDS` if it installs packages first (`ray.init(runtime_env={"pip": …})`).
+        ConfigError: with the first node that lacks something, or says nothing for `ANSWER_SECONDS` (more, if it
+            installs packages first).
     """
     if len(_alive()) == 1:
         return ""
@@ -160,8 +160,7 @@ def check_nodes(config: Config, probe: Path) -> str:
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task, own = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(look), f"{probe}-{len(tasks)}"
             tasks[task.remote(paths, SIGHT_SECONDS, own, demo, versions)] = (node["NodeManagerAddress"], own)
-    builds = {"pip", "uv", "conda"} & set(ray.get_runtime_context().runtime_env)
-    seconds = BUILD_SECONDS if builds else ANSWER_SECONDS
+    seconds = patience(ANSWER_SECONDS)
     answered, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
     silent = ("storage_path", f"has not said within {seconds} s what it sees there")
     for task, (address, own) in tasks.items():

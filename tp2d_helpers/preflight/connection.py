@@ -21,6 +21,7 @@ from tp2d_helpers.preflight.environment import check_environment
 
 HEALTH_SECONDS = 45  # for a cluster to answer; a command of Ray's asks, which takes some seconds to start
 WORKER_SECONDS = 120  # for a first worker process
+BUILD_SECONDS = 900  # for one whose node installs packages first: Ray itself gives up after 600
 
 
 def connect() -> dict[str, float]:
@@ -49,6 +50,12 @@ def connect() -> dict[str, float]:
         _start_here() if address == "local" else _join(address)
         _see_a_worker()
     return ray.cluster_resources()
+
+
+def patience(seconds: int) -> int:
+    """How long to wait for a node's process: `seconds`, or more if the job's runtime_env has packages to install."""
+    installs = {"pip", "uv", "conda"} & set(ray.get_runtime_context().runtime_env)
+    return BUILD_SECONDS if installs else seconds
 
 
 def _start_here() -> None:
@@ -113,11 +120,12 @@ def _see_a_worker() -> None:
         return True
 
     task = ray.remote(num_cpus=0, max_retries=0, runtime_env={"env_vars": {"TP2D_PROBE": "1"}})(started).remote()
+    seconds = patience(WORKER_SECONDS)
     try:
-        ray.get(task, timeout=WORKER_SECONDS)
+        ray.get(task, timeout=seconds)
     except ray.exceptions.RayError as error:
         ray.shutdown()
         raise ConfigError(
-            f"Ray answers, but starts no worker process within {WORKER_SECONDS} s ({reason(error)}); python here is "
+            f"Ray answers, but starts no worker process within {seconds} s ({reason(error)}); python here is "
             f"{sys.executable!r}. See ray/session_latest/logs in Ray's temporary folder (RAY_TMPDIR, else /tmp)"
         ) from None
