@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import importlib.metadata
 import itertools
 import os
 import platform
@@ -22,6 +23,8 @@ from tp2d_helpers.data.files import paths_of
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import tp_bytes
+from tp2d_helpers.preflight.checks import OLDEST
+from tp2d_helpers.preflight.connection import patience
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
 PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
@@ -135,13 +138,15 @@ def describe_placement(config: Config, model: ModelFacts, counts: list[int]) -> 
 def check_nodes(config: Config, probe: Path) -> str:
     """Let each node that may get workers look for the driver's file `probe`, and for local models and data.
 
-    Each looks at its environment and writes a file beside the probe, too, and builds the demo's model if it hasn't yet.
+    Each compares its libraries with the driver's, looks at its environment and writes a file beside the probe, too,
+    and builds the demo's model if it hasn't yet.
 
     Returns:
         What was found, in words; nothing for a cluster of one node.
 
     Raises:
-        ConfigError: with the first node that lacks something, or says nothing for `ANSWER_SECONDS`.
+        ConfigError: with the first node that lacks something, or says nothing for `ANSWER_SECONDS` (more, if it
+            installs packages first).
     """
     if len(_alive()) == 1:
         return ""
@@ -149,19 +154,17 @@ def check_nodes(config: Config, probe: Path) -> str:
     for name in ("dataset_name", "eval_dataset_name"):
         paths[name] = [str(path) for path in paths_of(getattr(config, name))]
     look, demo, tasks = _look(), Path(config.model_name).parent == cache_dir(), {}
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in OLDEST}  # the build may differ
     for node in _alive():
         if node["Resources"].get("GPU" if config.use_gpu else "CPU"):
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task, own = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(look), f"{probe}-{len(tasks)}"
-            tasks[task.remote(paths, SIGHT_SECONDS, own, demo)] = (node["NodeManagerAddress"], own)
-    answered, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER_SECONDS)
+            tasks[task.remote(paths, SIGHT_SECONDS, own, demo, versions)] = (node["NodeManagerAddress"], own)
+    seconds = patience(ANSWER_SECONDS)
+    answered, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
+    silent = ("storage_path", f"has not said within {seconds} s what it sees there")
     for task, (address, own) in tasks.items():
-        name, trouble = "storage_path", f"has not said within {ANSWER_SECONDS} s what it sees there"
-        if task in answered:
-            try:
-                name, trouble = ray.get(task)
-            except ray.exceptions.RayError as error:
-                trouble = f"can't look there ({reason(error)})"
+        name, trouble = _answer(task) if task in answered else silent
         if not name:
             raise ConfigError(f"node {address}: {trouble}")
         if not trouble and look({name: [own]}, SIGHT_SECONDS)[1]:
@@ -169,22 +172,44 @@ def check_nodes(config: Config, probe: Path) -> str:
         if trouble:
             found = f"{name} = {getattr(config, name)!r}: not shared: node {address} {trouble}"
             raise ConfigError(f"{found}; take a folder that all nodes mount")
-    return f", shared by {len(tasks)} nodes"
+    return f", shared by {len(tasks)} node{'s' * (len(tasks) > 1)}"
+
+
+def _answer(task: ray.ObjectRef) -> tuple[str, str]:
+    """What a node's `look` returned, or what became of it."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        last = str(error).strip().splitlines()[-1]
+        return "", f"can't make ray.init's runtime_env ({last}); see runtime_env_agent.log in Ray's logs there"
+    except ray.exceptions.RayError as error:
+        return "storage_path", f"can't look there ({reason(error)})"
 
 
 def _look() -> Callable[..., tuple[str, str]]:
     """The task of `check_nodes`, a local function: it travels whole, and no node imports PyTorch to find a file."""
+    cure = (
+        "install requirements.txt there, or let Ray bring what is missing, before preflight: "
+        'ray.init(runtime_env={"pip": "requirements.txt", "py_modules": ["tp2d_helpers"]})'
+    )
 
-    def look(paths: dict[str, list[str]], seconds: float, own: str = "", demo: bool = False) -> tuple[str, str]:
+    def look(
+        paths: dict[str, list[str]], seconds: float, own: str = "", demo: bool = False, versions: dict | None = None
+    ) -> tuple[str, str]:
         """(parameter at fault, why): what this node doesn't see of `paths` within `seconds`; "" if all is well.
 
         No parameter, if it is the node's environment.
         """
-        if own:
-            try:
+        try:
+            for name, wanted in (versions or {}).items():
+                if (found := importlib.metadata.version(name)).partition("+")[0] != wanted:
+                    return "", f"has {name} {found}, and the driver {wanted}; {cure}"
+            if own:
                 importlib.import_module("tp2d_helpers.preflight.environment").check_environment()
-            except ValueError as error:
-                return "", str(error)
+        except ModuleNotFoundError as error:  # also of `version`
+            return "", f"lacks {error.name}; {cure}"
+        except ValueError as error:
+            return "", str(error)
         if demo and not Path(*paths["model_name"]).exists():
             importlib.import_module("tp2d_helpers.demo").demo_model()
         end = time.monotonic() + seconds
