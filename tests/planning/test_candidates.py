@@ -156,7 +156,7 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in text and caught.value.__suppress_context__ and type(error) is RuntimeError
     assert "2 × 1, batch_size_per_gpu × seq_length = 4 × 4096, zero_stage 1, activation_checkpointing 'none'" in text
     assert "Tried to allocate 4.64 GiB; tensors took 137.5 of the 139.8 GiB of NVIDIA H200" in text
-    assert "batch_size_per_gpu = 2, gradient_accumulation_steps = 2 (" in text
+    assert "batch_size_per_gpu = 1, gradient_accumulation_steps = 4 (" in text
     assert text.count("; or ") == 2 and "nan" not in text
 
 

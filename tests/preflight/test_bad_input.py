@@ -349,7 +349,7 @@ def test_run_that_does_not_fit(
     monkeypatch.setattr(plan, "connect", lambda: gpus)
     monkeypatch.setattr(plan, "check_placement", lambda *_: [2])
     settings = dict(model_name=str(tiny_model("llama")), use_gpu=True, tp_size=2)
-    refused("batch_size_per_gpu × seq_length = 1000000 × 64", "H200 has 139.8 GiB", "logits", "activations",
+    refused("batch_size_per_gpu × seq_length = 1000000 × 64", "H200 has 139.8 GiB", "activations",
             "What fits", "gradient_accumulation_steps = ",
             batch_size_per_gpu=1_000_000, **settings)  # fmt: skip
 
