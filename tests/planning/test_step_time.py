@@ -175,9 +175,7 @@ def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
         waits = job["micro_batch"] * job["seq"] <= 512 and job["optimizations"] != "auto"
         limit = HOST_BOUND if waits else SECONDS_OF.get(job["shape"], SECONDS)
-        bad = abs(time_off) > limit or abs(peak_off) > (
-            PEAK_OF_LORA if job.get("lora_rank") else PEAK
-        )
+        bad = abs(time_off) > limit or abs(peak_off) > (PEAK_OF_LORA if job.get("lora_rank") else PEAK)
         wrong += bad
         lines.append(
             f"{'WRONG ' * bad}{job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}: "
