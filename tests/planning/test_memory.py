@@ -21,6 +21,7 @@ from tp2d_helpers.planning.memory import (
     memory_per_gpu,
 )
 from tp2d_helpers.speed import cross_entropy, optimizations
+from tp2d_helpers.speed.devices import device_named
 
 GIB = 2**30
 # 2 layers; widths 8 (hidden), 8 (query), 4 (key-value), 16 (MLP) of this rank; 2 heads, 32 tokens ids, 1000 parameters.
@@ -208,3 +209,13 @@ def test_measured_peaks(grid: dict[str, int], peak: float) -> None:
     buckets = 2 * 500_000_000 * setting.dp_size
     found = (memory_per_gpu(shard("qwen2.5-0.5b", setting.tp_size), setting).total + buckets) / GIB
     assert found == pytest.approx(peak, rel=0.06)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_defaults_fit_a_t4(tp_size: int) -> None:
+    """Qwen2.5-0.5B by the notebook's micro-batch of 4 × 256, and by 4 × 512."""
+    for seq_length in (256, 512):
+        setting = Setting(tp_size=tp_size, dp_size=2, batch_size_per_gpu=4, seq_length=seq_length, precision="fp16",
+                          optimizations=ON_GPU)  # fmt: skip
+        found = memory_per_gpu(shard("qwen2.5-0.5b", tp_size), setting).total / GIB
+        assert found < 0.9 * device_named("T4").memory

@@ -42,7 +42,7 @@ def zero_bytes(
 ) -> float:
     """Bytes that ZeRO sends through each rank for one optimizer step, whatever the number of tokens.
 
-    Stage 0 all-reduces the gradients once per step. Stages 1 and 2 reduce each to the replica that steps its weight,
+    Stage 0 all-reduces the gradients once per step, as wide as they are made. Stages 1 and 2 reduce each to the replica that steps its weight,
     which sends half as much, once per step and once per micro-batch, and gather the new weights once per step.
     Stage 3 reduce-scatters the gradients of each micro-batch and gathers the
     weights twice for it, for the forward and for the backward pass. That is a bound: what is needed again within 10⁹
@@ -53,7 +53,8 @@ def zero_bytes(
         width, gradient_width: bytes of a weight and of a gradient's sum.
     """
     reductions, gathers = {0: (2, 0), 1: (1, 1), 2: (accumulation, 1), 3: (accumulation, 2 * accumulation)}[stage]
-    return (dp_size - 1) / dp_size * parameters * (gradient_width * reductions + width * gathers)
+    summed = gradient_width if stage else width
+    return (dp_size - 1) / dp_size * parameters * (summed * reductions + width * gathers)
 
 
 def state_bytes(parameters: int, dp_size: int, stage: int, width: int = 2, gradient_width: int = 4) -> dict[str, float]:
@@ -64,10 +65,11 @@ def state_bytes(parameters: int, dp_size: int, stage: int, width: int = 2, gradi
 
     Args:
         parameters: of this rank's TP shard (`Shard.parameters`).
-        width, gradient_width: bytes of a weight and of a gradient's sum.
+        width, gradient_width: bytes of a weight and of a gradient's sum, which at stage 0 is as wide as a weight.
     """
+    summed = gradient_width if stage else width
     return {
         "weights": width * parameters / (dp_size if stage >= 3 else 1),
-        "gradients": gradient_width * parameters / (dp_size if stage >= 2 else 1),
+        "gradients": summed * parameters / (dp_size if stage >= 2 else 1),
         "masters and moments": 12 * parameters / (dp_size if stage >= 1 else 1),
     }

@@ -52,6 +52,7 @@ class Weights:
 
 
 def cast_weights(weights: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> None:
+    """Cast weights [n_i, k] together, into `rows` [Σn, k] and `columns` [k, Σn]."""
     found, factor = cast(torch.cat(weights) if len(weights) > 1 else weights[0])
     rows.copy_(found)
     columns.copy_(found.t())

@@ -63,9 +63,9 @@ class Loss(torch.nn.Module):
 def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool, alone: bool) -> str:
     """Let training on micro-batches of this shape replay graphs; all else (evaluation, padding) runs as before.
 
-    That is, if the host is what a step waits for on some rank. The graphs hold the addresses of the weights, which must
-    stay where they are. Collective over the world: if a rank
-    can't capture its passes, none replays them, as a graph hands out gradients in an order of its own.
+    That is, if the host is what a step waits for, on some rank. The graphs hold the addresses of the weights, which
+    must stay where they are. Collective over the world: if a rank can't capture its passes, none replays them, as a
+    graph hands out gradients in an order of its own.
 
     Args:
         model: on a GPU, its weights trained by an engine.
