@@ -42,11 +42,11 @@ def zero_bytes(
 ) -> float:
     """Bytes that ZeRO sends through each rank for one optimizer step, whatever the number of tokens.
 
-    Stage 0 all-reduces the gradients once per step, as wide as they are made. Stages 1 and 2 reduce each to the replica that steps its weight,
-    which sends half as much, once per step and once per micro-batch, and gather the new weights once per step.
-    Stage 3 reduce-scatters the gradients of each micro-batch and gathers the
-    weights twice for it, for the forward and for the backward pass. That is a bound: what is needed again within 10⁹
-    parameters (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
+    Stage 0 all-reduces the gradients once per step, as wide as they are made. Stages 1 and 2 reduce each to the replica
+    that steps its weight, which sends half as much, once per step and once per micro-batch, and gather the new weights
+    once per step. Stage 3 reduce-scatters the gradients of each micro-batch and gathers the weights twice for it, for
+    the forward and for the backward pass. That is a bound: what is needed again within 10⁹ parameters
+    (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
 
     Args:
         parameters: of this rank's TP shard (`Shard.parameters`).
