@@ -66,7 +66,10 @@ def error(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., fl
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("grid", [dict(), dict(dp_size=2), dict(tp_size=2, dp_size=2, gradient_accumulation_steps=8)])
+@pytest.mark.parametrize("grid", [
+    dict(), dict(dp_size=2), dict(dp_size=4, gradient_accumulation_steps=4),
+    dict(tp_size=2, dp_size=2, gradient_accumulation_steps=8),
+])  # fmt: skip
 def test_sums_in_fp32(stage: int, grid: dict[str, int], error: Callable[..., float]) -> None:
     assert error(zero_stage=stage, **grid) < 1e-6
 
