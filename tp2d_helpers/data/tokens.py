@@ -137,6 +137,7 @@ def tokenize(
     with bar, TokenWriter(folder, highest, masked=chats) as writer:
 
         def tick(size: int) -> None:
+            """So many bytes more are done."""
             heartbeat.pulse()  # the watchdog of a worker sees what this process does, and not its children
             bar.update(size)
 

@@ -150,6 +150,7 @@ def _mixed(model: torch.nn.Module) -> tuple[str, torch.Tensor]:
     position_ids = torch.from_numpy(positions_of(SIZES))[None]
 
     def logits(*parts: torch.Tensor) -> torch.Tensor:
+        """[tokens, vocabulary] of the second document, which the parts, [1, size] each, end with."""
         ids = torch.cat(parts, 1)
         positions = position_ids[:, -ids.shape[1] :]
         documents.set_lengths(cumulative_lengths(positions))

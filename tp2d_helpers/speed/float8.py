@@ -44,11 +44,11 @@ class Weights:
         device = layers[0].weight.device
         self.rows, self.columns = (torch.zeros(shape, device=device, dtype=E4M3) for shape in ((n, k), (k, n)))
         self.scale = torch.ones((), device=device)
-        self.columns_of_block = Columns, (self.rows, self.columns, self.scale)  # for `layers._enter_block`
+        self.matmuls, self.tensors = Columns, (self.rows, self.columns, self.scale)  # also for `layers._enter_block`
 
     def refresh(self, cast_weights: Callable[..., None]) -> None:
         """Cast the weights as they are now, by `cast_weights`, compiled or not."""
-        cast_weights([layer.weight.detach() for layer in self.layers], self.rows, self.columns, self.scale)
+        cast_weights([layer.weight.detach() for layer in self.layers], *self.tensors)
 
 
 def cast_weights(weights: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor, scale: torch.Tensor) -> None:
@@ -124,8 +124,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n] from x [..., k]."""
-        cast = self.float8
-        return Columns.apply(x, "", cast.rows, cast.columns, cast.scale, self.weight, self.bias)[0]
+        return Columns.apply(x, "", *self.float8.tensors, self.weight, self.bias)[0]
 
 
 class RowLinear8(RowLinear):
@@ -133,8 +132,7 @@ class RowLinear8(RowLinear):
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """[..., n], the same on all ranks, from y [..., k/t]."""
-        cast = self.float8
-        z = Row.apply(y, self.mp_group.group_name, cast.rows, cast.columns, cast.scale, self.weight)
+        z = Row.apply(y, self.mp_group.group_name, *self.float8.tensors, self.weight)
         return z if self.bias is None else z + self.bias
 
 

@@ -88,7 +88,7 @@ class Sums:
         for bucket in self.buckets:
             bucket.waits = bucket.parts
 
-    def _of(self, place: range) -> torch.Tensor:
+    def of(self, place: range) -> torch.Tensor:
         """The sums of a range of flat weights."""
         return self.sums[place.start - self.first : place.stop - self.first]
 
@@ -100,7 +100,7 @@ class Sums:
         """
         place, gradient = self.places[id(parameter)], parameter.grad.reshape(-1)
         if self.keeps_all:
-            _add(self._of(place), gradient, place.start not in self.written)
+            _add(self.of(place), gradient, place.start not in self.written)
             self.written.add(place.start)
         parameter.grad = None
         if not travels:
@@ -116,7 +116,7 @@ class Sums:
 
     def _sums(self, bucket: Bucket) -> torch.Tensor:
         if self.keeps_all:
-            return self._of(range(bucket.begin, bucket.end))
+            return self.of(range(bucket.begin, bucket.end))
         if bucket.sums is None:
             bucket.sums = self.sums.new_zeros(bucket.end - bucket.begin)
         return bucket.sums
@@ -139,7 +139,7 @@ class Sums:
         if self.keeps_all:
             sums.div_(self.replicas)
             return
-        mine = self._of(range(bucket.begin, bucket.end))
+        mine = self.of(range(bucket.begin, bucket.end))
         _add(mine, sums.div_(self.replicas), bucket.begin not in self.written)
         self.written.add(bucket.begin)
 
@@ -148,7 +148,7 @@ class Sums:
         if self.keeps_all and last:
             for place in self.places.values():
                 if place.start not in self.written:
-                    self._of(place).zero_()
+                    self.of(place).zero_()
         if travels:
             while self.sent < len(self.buckets):
                 self._send()
@@ -219,12 +219,13 @@ class SummingZeroOptimizer(DeepSpeedZeroOptimizer):
         """This replica's sums: a tensor for each parameter of its partition, and paddings, marked as DeepSpeed does."""
         size = len(self.bit16_groups_flat[i]) // dist.get_world_size(self.real_dp_process_group[i])
         begin = dist.get_rank(self.real_dp_process_group[i]) * size
-        where, result, at = places(self, i), [], begin
+        sums = None if self.sums_nothing else self._sums()[i]
+        where, result, at = sums.places if sums else places(self, i), [], begin
 
         def piece(part: range, parameter: torch.nn.Parameter | None = None) -> torch.Tensor:
             """The gradients of a range of flat weights."""
-            if not self.sums_nothing:
-                return self._sums()[i]._of(part)
+            if sums:
+                return sums.of(part)
             if parameter is None or parameter.grad is None:
                 return torch.zeros(len(part), dtype=self.dtype, device=self.device)
             return parameter.grad

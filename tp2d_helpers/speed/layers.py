@@ -137,7 +137,9 @@ def block_input(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
 def _enter_block(columns: list[ColumnLinear], block: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     x, group = block_input(args, kwargs), columns[0].mp_group.group_name
     weights, biases = [column.weight for column in columns], [column.bias for column in columns]
-    matmuls, cast = (ColumnMatmuls, ()) if not hasattr(block, "float8") else block.float8.columns_of_block
+    matmuls, cast = ColumnMatmuls, ()
+    if hasattr(block, "float8"):
+        matmuls, cast = block.float8.matmuls, block.float8.tensors
     for column, part in zip(columns, matmuls.apply(x, group, *cast, *weights, *biases), strict=True):
         column.part = part
 
