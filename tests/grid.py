@@ -1,4 +1,4 @@
-"""Run `train_func` on a (dp, tp) grid of local CPU processes, without a Ray cluster, and compare runs.
+"""Run `train_func` on a (dp, tp) grid of local processes, without a Ray cluster, and compare runs.
 
 Ray Train's local mode runs a train function in a process that torchrun's variables describe. The processes are forked
 from a server that has imported everything once, so a 2×2 run of a tiny model takes seconds and not a minute.
@@ -44,6 +44,7 @@ PRELOAD = ["tp2d_helpers.preflight.plan", "tp2d_helpers.train", "ray.train.torch
 # and Python 3.11's server takes the import path of what it preloads from the environment and, unless the path is
 # "safe", from the current folder.
 IMPORT_PATH = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+ON_GPU = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else each of many processes starts one per core
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1",
                "PYTHONPATH": IMPORT_PATH}  # fmt: skip
 
@@ -63,7 +64,7 @@ def fork_context() -> multiprocessing.context.BaseContext:
 
 
 def run_grid(config: dict[str, Any], after: Callable[..., Any] | None = None, patch: Callable | None = None) -> list:
-    """Train by `train_func` on config["tp_size"] × config["dp_size"] processes.
+    """Train by `train_func` on config["tp_size"] × config["dp_size"] processes: on CPUs, or GPUs where it says so.
 
     Args:
         config: all settings, as `Config.model_dump()` gives them.
@@ -77,7 +78,8 @@ def run_grid(config: dict[str, Any], after: Callable[..., Any] | None = None, pa
         RuntimeError: with the trace of the first rank that failed, as soon as it does, or if the run takes longer
             than `TIMEOUT`. No process is left behind.
     """
-    context = fork_context()
+    on_gpu = config["use_gpu"] and torch.cuda.is_available()
+    context = multiprocessing.get_context("spawn") if on_gpu else fork_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -89,7 +91,7 @@ def run_grid(config: dict[str, Any], after: Callable[..., Any] | None = None, pa
             # The server keeps the environment it was started with; a test may have changed its own since.
             place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-            arguments = (os.environ | ENVIRONMENT | place, config, after, patch, writer)
+            arguments = (os.environ | (ON_GPU if on_gpu else ENVIRONMENT) | place, config, after, patch, writer)
             processes.append(context.Process(target=_rank, args=arguments, daemon=True))
             processes[-1].start()
             writer.close()
@@ -246,12 +248,13 @@ def final_weights(
             elif len({cut.width(rank) for rank in range(len(cut.ranges))}) == 1:
                 sharded[name] = identical(shard, tp_group)
             copies[name] = identical(shard, dp_group)
-            weights[name] = shard.clone() if cut is None else torch.zeros(whole[name])
+            weights[name] = shard.clone() if cut is None else shard.new_zeros(whole[name])
             if cut is not None:
                 cut.put(weights[name], shard, rank)
                 alike = together(weights[name], cut, rank, tp_group)
                 replicated |= {name: alike} if cut.copies > 1 else {}
-    return weights if dist.get_rank() == 0 else {}, replicated, sharded, copies
+    weights = {name: weight.cpu() for name, weight in weights.items()} if dist.get_rank() == 0 else {}
+    return weights, replicated, sharded, copies
 
 
 def together(whole: torch.Tensor, cut: Any, rank: int, group: dist.ProcessGroup) -> bool:
@@ -262,7 +265,7 @@ def together(whole: torch.Tensor, cut: Any, rank: int, group: dist.ProcessGroup)
     dist.all_reduce(whole, group=group)
     found = torch.zeros_like(whole)
     cut.put(found, cut.take(whole, rank), rank)
-    alike = torch.tensor(torch.equal(found, mine), dtype=torch.int32)
+    alike = torch.tensor(torch.equal(found, mine), dtype=torch.int32, device=whole.device)
     dist.all_reduce(alike, dist.ReduceOp.MIN, group=group)
     return bool(alike)
 

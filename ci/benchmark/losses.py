@@ -2,7 +2,7 @@
 
     python ci/benchmark/losses.py --runs qwen2.5-0.5b:0:8:512,qwen2-7b:8:2:1024 --out losses.json --plot losses.png
 
-A run is shape:layers:micro-batch:sequence (0 layers: the shape's own), on one GPU, at a constant rate after 20 steps.
+A run is shape:layers:micro-batch:sequence (0 layers: the shape's own), on `--tp` GPUs, at a constant rate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAST = 50  # steps whose mean loss is compared
 def job_of(run: dict[str, Any], precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """A job for `candidate.py`."""
     return dict(
-        name="losses", kind="ours", tp=1, dp=1, zero=1, seq=run["seq"], optimizations="auto", sync="last",
+        name="losses", kind="ours", tp=options.tp, dp=1, zero=1, seq=run["seq"], optimizations="auto", sync="last",
         precision=precision, gradients="fp32", lora_rank=0, activation_checkpointing="none", packing="plain",
         shape=run["shape"], steps=options.steps, warmup=0, profile=False, micro_batch=run["micro_batch"],
         accumulation=1, learning_rate=options.learning_rate, model=run["model"],
@@ -73,6 +73,7 @@ def main() -> None:
     names = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--runs", type=names, required=True, help="shape:layers:micro-batch:sequence, with commas")
     parser.add_argument("--precisions", type=names, default=["bf16", "fp8"], help="bf16 first")
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--time-limit", type=float, default=200, help="seconds for one run")
@@ -84,7 +85,7 @@ def main() -> None:
     env = {"TP2D_CACHE": str(options.scratch / "cache"), "HF_DATASETS_CACHE": str(options.scratch / "datasets")}
     report: dict[str, Any] = dict(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), steps=options.steps,
-        learning_rate=options.learning_rate, compared=f"mean of the last {LAST} steps", runs=[],
+        tp=options.tp, learning_rate=options.learning_rate, compared=f"mean of the last {LAST} steps", runs=[],
     )  # fmt: skip
     for text in options.runs:
         shape, *numbers = text.split(":")
@@ -98,7 +99,7 @@ def main() -> None:
         run |= dict(losses={}, grad_norms={}, step_ms={}, peak_gib={})
         for precision in options.precisions:
             folder = options.scratch / "jobs" / f"{shape}-{precision}"
-            job = Job("candidate.py", job_of(run, precision, options), 1, folder, env)
+            job = Job("candidate.py", job_of(run, precision, options), options.tp, folder, env)
             job.release()
             if error := job.wait(options.time_limit):
                 raise SystemExit(f"{text} in {precision}: {error}")

@@ -60,7 +60,10 @@ class Loss(torch.nn.Module):
         return self.whole(**dict(zip(self.INPUTS, tensors, strict=True)), use_cache=False).loss
 
 
-def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool, alone: bool) -> str:
+def replay_passes(
+    model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool, alone: bool,
+    restart: Callable[[], None] = lambda: None,
+) -> str:  # fmt: skip
     """Let training on micro-batches of this shape replay graphs; all else (evaluation, padding) runs as before.
 
     That is, if the host is what a step waits for, on some rank. The graphs hold the addresses of the weights, which
@@ -72,6 +75,8 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
         shape: (samples, seq).
         keeps_gradients: whether a gradient outlives its step, or is added to.
         alone: whether the passes reduce nothing over other ranks, which would wait for one that ran out of memory.
+        restart: called as a pass begins, forward and backward: a graph takes the same way in each replay, and what is
+            reduced over ranks must not depend on what came before (`reductions.restart`).
 
     Returns:
         why it can't be done, the same on all ranks; "" if it is.
@@ -79,7 +84,7 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
     whole, device = model.forward, next(model.parameters()).device
     ids = torch.zeros(shape, dtype=torch.long, device=device)
     sample = (ids, ids.clone(), torch.ones((), device=device))
-    passes, weights, aliases = _passes(Loss(model.train()), sample)
+    passes, weights, aliases = _passes(Loss(model.train()), sample, restart)
     waits, trouble = _tried(_waits_for_host, passes, (*sample, *aliases), alone)
     trouble = first_trouble(trouble) or ("" if any(everywhere(waits)) else "a step waits for the GPU, not for its host")
     replay = None
@@ -97,6 +102,7 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
         tensors = tuple(batch.get(name) for name in Loss.INPUTS) if len(batch) == len(sample) and not args else ()
         alike = [getattr(tensor, "shape", None) for tensor in tensors] == [tensor.shape for tensor in sample]
         if not (alike and model.training and torch.is_grad_enabled()):
+            restart()
             return whole(*args, use_cache=use_cache, **batch)
         return CausalLMOutput(loss=replay(*tensors, *weights).clone())  # the next replay writes it again
 
@@ -107,7 +113,25 @@ def replay_passes(model: torch.nn.Module, shape: tuple[int, int], keeps_gradient
     return ""
 
 
-def _passes(loss: Loss, sample: tuple[torch.Tensor, ...]) -> tuple[Callable[..., torch.Tensor], tuple, list]:
+class _Restart(torch.autograd.Function):
+    """The loss as it is; `restart` is called as its backward pass begins."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, restart: Callable[[], None]) -> torch.Tensor:
+        """The loss."""
+        ctx.restart = restart
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Its gradient."""
+        ctx.restart()
+        return gradient, None
+
+
+def _passes(
+    loss: Loss, sample: tuple[torch.Tensor, ...], restart: Callable[[], None]
+) -> tuple[Callable[..., torch.Tensor], tuple, list]:
     """(`loss` of the sample's tensors and, after them, aliases of the weights; the weights; their aliases).
 
     The engine's hooks tie the weights themselves to the default stream, which can't be captured.
@@ -117,8 +141,9 @@ def _passes(loss: Loss, sample: tuple[torch.Tensor, ...]) -> tuple[Callable[...,
 
     def passes(*tensors: torch.Tensor) -> torch.Tensor:
         """The loss."""
+        restart()
         swapped = dict(zip(names, tensors[len(sample) :], strict=True))
-        return torch.func.functional_call(loss, swapped, tensors[: len(sample)])
+        return _Restart.apply(torch.func.functional_call(loss, swapped, tensors[: len(sample)]), restart)
 
     return passes, weights, aliases
 

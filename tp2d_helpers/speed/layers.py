@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -50,7 +51,7 @@ class ColumnMatmuls(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         parts = [gradient.flatten(0, -2) for gradient in gradients]
         if ctx.merged:
-            parts, weights = [torch.cat(parts, -1)], [torch.cat(weights)]
+            parts, weights = [torch.ops.tp2d.cat(parts)], [torch.cat(weights)]
         dx, dw = torch.ops.tp2d.column_gradients(x.flatten(0, -2), parts, weights, ctx.group)
         db = [part.sum(0) for part in parts] if any(ctx.biased) else [None] * len(ctx.sizes)
         if ctx.merged:
@@ -175,6 +176,9 @@ def layer_parameters(model: torch.nn.Module) -> int:
 def compile_layers(model: torch.nn.Module) -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
+    # Norms' outputs and the MLP's product are made again from what is kept anyway, even where a matmul reads them: a
+    # seventh of a 7B model's memory, for 1 % of its time at the same micro-batch (ci/benchmark/README.md).
+    functorch_config.ban_recompute_materialized_backward = False
     for layer in decoder_layers(model):
         layer.compile(dynamic=False)
 

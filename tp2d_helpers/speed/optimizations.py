@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -87,8 +88,8 @@ def optimize(
         layers.compile_layers(model)
     if "cuda_graph" in names and graphs.may_be_host_bound(layers.layer_parameters(model), math.prod(shape)):
         keeps = engine.zero_optimization_stage() == 0  # else they are summed elsewhere
-        with reductions.by_collectives(tp_group):
-            _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, alone=tp_group.size() == 1))
+        restart = functools.partial(reductions.restart, tp_group)
+        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, tp_group.size() == 1, restart))
     startup.mark("optimizations")
 
 

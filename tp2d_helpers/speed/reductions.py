@@ -7,9 +7,8 @@ the matmuls beside them, and hide nothing (measured: ci/benchmark/README.md, "Wh
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,6 +40,9 @@ class Collectives:
         while self.works:
             self.works.pop(0).wait()
 
+    def restart(self) -> None:
+        """Begin a pass that doesn't know what was reduced before it, as one that is a graph."""
+
 
 class PeerCopies(Collectives):
     """All-reduces over two GPUs of a node: each writes its part into the other's inbox, by copy engine, and adds.
@@ -67,7 +69,7 @@ class PeerCopies(Collectives):
         if small or part.dtype != inbox.dtype or self.filled + part.numel() > inbox.numel():
             super().begin(part)
             return
-        place, channel = slice(self.filled, self.filled + part.numel()), 2 * len(self.pending) + self.turn
+        place, channel = slice(self.filled, self.filled + part.numel()), 1 + 2 * len(self.pending) + self.turn
         self.filled += part.numel()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -87,6 +89,11 @@ class PeerCopies(Collectives):
             self.pending, self.filled, self.turn = [], 0, 1 - self.turn
         super().finish()
 
+    def restart(self) -> None:
+        """Wait until the peer has read what it was sent: then both inboxes are free, and the first one's turn comes."""
+        self.handle.barrier(channel=0)
+        self.turn = 0
+
 
 REDUCERS: dict[str, Collectives] = {}  # by the group's name: an operator of a graph takes numbers and texts only
 
@@ -98,14 +105,10 @@ def register(group: dist.ProcessGroup) -> None:
         REDUCERS[group.group_name] = Collectives(group)
 
 
-@contextlib.contextmanager
-def by_collectives(group: dist.ProcessGroup) -> Iterator[None]:
-    """All-reduce over the group by NCCL: in a graph, copies would go to the same inbox each time."""
-    found = REDUCERS.get(group.group_name)
-    REDUCERS[group.group_name] = Collectives(group)
-    yield
-    if found is not None:
-        REDUCERS[group.group_name] = found
+def restart(group: dist.ProcessGroup) -> None:
+    """Begin a pass whose all-reduces over the group are a graph's, or come after a graph's. Every rank calls it."""
+    if group.group_name in REDUCERS:
+        REDUCERS[group.group_name].restart()
 
 
 def copy_between_peers(group: dist.ProcessGroup, elements: int, dtype: torch.dtype) -> str:
@@ -186,20 +189,28 @@ def row_matmul8(
 
 
 def column_gradients8(
-    gradient: torch.Tensor, inputs: torch.Tensor, columns: torch.Tensor, gradient_scale: torch.Tensor,
-    input_scale: torch.Tensor, scale: torch.Tensor, group: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`column_gradients` in fp8, of all the layers' weights together: (Σ G W over the TP group, Gᵀ X) in bf16.
+    gradient: torch.Tensor, transposed: list[torch.Tensor], inputs: torch.Tensor, columns: torch.Tensor,
+    gradient_scale: torch.Tensor, input_scale: torch.Tensor, scale: torch.Tensor, group: str,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    """`column_gradients` in fp8: (Σ G W over the TP group, [G_iᵀ X]) in bf16.
 
     Args:
-        gradient: [rows, Σn/t]; inputs: Xᵀ [k, rows]; columns: Wᵀ [k, Σn/t].
+        gradient: G [rows, Σn/t]; transposed: G_iᵀ; inputs: Xᵀ [k, rows]; columns: Wᵀ [k, Σn/t].
     """
     how, reducer = dict(out_dtype=torch.bfloat16, use_fast_accum=True), REDUCERS[group]
     dx = torch._scaled_mm(gradient, columns.t(), gradient_scale, scale, **how)
     reducer.begin(dx)
-    dw = torch._scaled_mm(gradient.t().contiguous(), inputs.t(), gradient_scale, input_scale, **how)
+    dw = [torch._scaled_mm(part, inputs.t(), gradient_scale, input_scale, **how) for part in transposed]
     reducer.finish()
     return dx, dw
+
+
+def cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat` along the last dimension, of parts that a compiler has to compute before.
+
+    Compiled, it would become one kernel that for each element computes what it would be in every part.
+    """
+    return torch.cat(parts, -1)
 
 
 def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
@@ -210,16 +221,22 @@ def all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
 
 
 _library = torch.library.Library("tp2d", "DEF")
+_library.define("cat(Tensor[] parts) -> Tensor")
 _library.define("all_reduce(Tensor x, str group) -> Tensor")
 _library.define("row_matmul(Tensor y, Tensor weight, str group) -> Tensor")
 _library.define("column_gradients(Tensor x, Tensor[] gradients, Tensor[] weights, str group) -> (Tensor, Tensor[])")
 _library.define("row_matmul8(Tensor y, Tensor weight, Tensor y_scale, Tensor scale, str group) -> Tensor")
 _library.define(
-    "column_gradients8(Tensor gradient, Tensor inputs, Tensor columns, Tensor gradient_scale, Tensor input_scale, "
-    "Tensor scale, str group) -> (Tensor, Tensor)"
+    "column_gradients8(Tensor gradient, Tensor[] transposed, Tensor inputs, Tensor columns, Tensor gradient_scale, "
+    "Tensor input_scale, Tensor scale, str group) -> (Tensor, Tensor[])"
 )
-for _function in (all_reduce, row_matmul, column_gradients, row_matmul8, column_gradients8):
+for _function in (cat, all_reduce, row_matmul, column_gradients, row_matmul8, column_gradients8):
     _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tp2d::cat", lib=_library)
+def _(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0].new_empty(*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
 
 
 @torch.library.register_fake("tp2d::all_reduce", lib=_library)
@@ -245,6 +262,8 @@ def _(y: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 @torch.library.register_fake("tp2d::column_gradients8", lib=_library)
-def _(gradient: torch.Tensor, inputs: torch.Tensor, columns: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    dx = gradient.new_empty(len(gradient), len(columns), dtype=torch.bfloat16)
-    return dx, gradient.new_empty(gradient.shape[1], len(inputs), dtype=torch.bfloat16)
+def _(
+    gradient: torch.Tensor, transposed: list[torch.Tensor], inputs: torch.Tensor, columns: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    like = functools.partial(gradient.new_empty, dtype=torch.bfloat16)
+    return like(len(gradient), len(columns)), [like(len(part), len(inputs)) for part in transposed]
