@@ -40,7 +40,7 @@ TITLES = {
 
 
 def entries(reports: list[dict[str, Any]], shape: str, everything: bool = False) -> list[dict[str, Any]]:
-    """What was measured at a shape, the fastest first; of each candidate the fastest settings, or all of them."""
+    """What was measured at a shape, the fastest first: of each candidate and precision the fastest settings, or all."""
     found = [
         entry | {"speed": speed(entry)}
         for report in reports
@@ -50,7 +50,8 @@ def entries(reports: list[dict[str, Any]], shape: str, everything: bool = False)
     found.sort(key=lambda entry: -entry["speed"])
     first: dict[Any, dict[str, Any]] = {}
     for entry in found:
-        first.setdefault((entry["name"], entry["grid"], entry["label"] if everything else ""), entry)
+        kind = entry["label"] if everything else entry["settings"].get("precision", "bf16")
+        first.setdefault((entry["name"], entry["grid"], kind), entry)
     return list(first.values())
 
 
@@ -72,13 +73,15 @@ def caption(entry: dict[str, Any]) -> str:
         f"tp {settings['tp']} × dp {settings['dp']}, micro-batch {settings['micro_batch']} × {settings['seq']:,}",
     ]
     optimizations, notes = settings["optimizations"], []
+    if "precision" in settings:  # results of before have no such key
+        notes.append(settings["precision"])
     if settings["kind"] == "ours" and optimizations != "auto":
         notes.append("optimizations: " + optimizations.replace(",", ", "))
     if settings["activation_checkpointing"] != "none":
         notes.append(f"activation checkpointing: {settings['activation_checkpointing']}")
-    if settings["kind"] == "fsdp2":
+    if settings["kind"] == "fsdp2" or "precision" in settings:
         reduced = "" if settings["sync"] == "last" else ", reduced after every micro-batch"
-        notes.append(f"{settings.get('gradients', 'fp32')} gradients{reduced}")  # results of before have no such key
+        notes.append(f"{settings.get('gradients', 'fp32')} gradients{reduced}")
     if is_eager(settings):
         notes.append("eager, not compiled")
     return "\n".join([*lines, *textwrap.wrap("; ".join(notes), 50)])

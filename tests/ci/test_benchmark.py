@@ -233,10 +233,12 @@ def test_figure(tmp_path: Path) -> None:
 
 
 def test_captions_say_what_sets_a_candidate_apart() -> None:
-    assert caption(entry("ours", 1)).splitlines() == ["this notebook", "tp 2 × dp 1, micro-batch 4 × 4,096"]
-    assert caption(entry("fsdp2_sp", 1)).splitlines()[2] == "fp32 gradients"
+    lines = ["this notebook", "tp 2 × dp 1, micro-batch 4 × 4,096", "bf16; fp32 gradients"]
+    assert caption(entry("ours", 1)).splitlines() == lines
+    assert caption(entry("fsdp2_sp", 1)).splitlines()[2] == "bf16; fp32 gradients"
     each = caption(entry("fsdp2_sp", 1, sync="each", gradients="bf16"))
-    assert each.splitlines()[2] == "bf16 gradients, reduced after every micro-batch"
+    assert each.splitlines()[2] == "bf16; bf16 gradients, reduced after every micro-batch"
+    assert caption(entry("fsdp2_sp", 1, precision="fp8")).splitlines()[2] == "fp8; fp32 gradients"
     assert "eager, not compiled" in caption(entry("dp_zero3", 1))
     assert "eager, not compiled" in caption(entry("template_settings", 1))
     assert "eager" not in caption(entry("dp_zero1", 1)) + caption(entry("ours", 1, optimizations="compile,fused_loss"))
@@ -245,8 +247,7 @@ def test_captions_say_what_sets_a_candidate_apart() -> None:
 
 def test_kept_figure_shows_the_kept_results(tmp_path: Path) -> None:
     kept = BENCHMARK / "results"
-    reports = [json.loads((kept / name).read_text()) for name in ("h200x2.json", "h200x2_wider.json")]
-    draw(reports, tmp_path / "figure.png")
+    draw([json.loads((kept / "h200x2.json").read_text())], tmp_path / "figure.png")
     with Image.open(kept / "h200x2.png") as old, Image.open(tmp_path / "figure.png") as new:
         assert old.size == new.size
         different = np.abs(np.asarray(old.convert("RGB"), int) - np.asarray(new.convert("RGB"), int)).max(axis=2) > 64

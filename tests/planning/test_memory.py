@@ -22,6 +22,7 @@ from tp2d_helpers.planning.memory import (
 )
 from tp2d_helpers.speed import cross_entropy, optimizations
 from tp2d_helpers.speed.devices import device_named
+from tp2d_helpers.speed.layers import compile_layers
 
 GIB = 2**30
 # 2 layers; widths 8 (hidden), 8 (query), 4 (key-value), 16 (MLP) of this rank; 2 heads, 32 tokens ids, 1000 parameters.
@@ -48,7 +49,7 @@ def test_shard_of_a_model() -> None:
 
 @pytest.mark.parametrize("settings, kept", [
     ({}, 8 * 8 + 2 * 8 + 2 * 4 + 4 * 16),
-    (dict(optimizations=ON_GPU), 4 * 8 + 2 * 8 + 2 * 4 + 3 * 16),
+    (dict(optimizations=ON_GPU), 2 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
     (dict(activation_checkpointing="selective"), 3 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
     (dict(activation_checkpointing="selective", tp_size=2), 5 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
 ])  # fmt: skip
@@ -67,10 +68,10 @@ def test_full_checkpointing_by_hand() -> None:
 
 
 @pytest.mark.parametrize("model_type, shape, tolerance", [
-    ("llama", {}, 0.005),
+    ("llama", {}, 0.007),
     ("qwen3", dict(head_dim=16), 0.03),  # norms of heads
     ("mixtral", dict(num_local_experts=4), 0.04),  # and the router's probabilities
-    ("qwen3_moe", dict(head_dim=16, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=64), 0.05),
+    ("qwen3_moe", dict(head_dim=16, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=64), 0.06),
 ])  # fmt: skip
 @pytest.mark.parametrize("optimizations, backend", [((), None), (("compile",), "aot_eager_decomp_partition")])
 def test_activations_are_what_autograd_keeps(
@@ -94,10 +95,10 @@ def test_activations_are_what_autograd_keeps(
 def bytes_kept(hf_config: Any, ids: torch.Tensor, layers: int, backend: str | None) -> int:
     """What the forward pass of a decoder in bf16 leaves for the backward pass, its weights apart."""
     hf_config.num_hidden_layers = layers
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16).model
+    whole = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16)
+    model = whole.model
     if backend:
-        for layer in model.layers:
-            layer.compile(backend=backend, dynamic=False)
+        compile_layers(whole, backend)
     weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,8 +175,9 @@ def test_zero_divides() -> None:
     assert [part.total for part in found] == sorted((part.total for part in found), reverse=True)
 
 
-def test_what_checkpointing_saves() -> None:
-    setting = dict(tp_size=2, batch_size_per_gpu=8, seq_length=4096, optimizations=ON_GPU)
+@pytest.mark.parametrize("names", [frozenset(), frozenset({"fused_loss", "fused_step"})])
+def test_what_checkpointing_saves(names: frozenset[str]) -> None:
+    setting = dict(tp_size=2, batch_size_per_gpu=8, seq_length=4096, optimizations=names)
     totals = [
         memory_per_gpu(shard("llama-3-8b", 2), Setting(**setting, activation_checkpointing=mode)).total
         for mode in ("none", "selective", "full")

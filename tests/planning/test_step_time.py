@@ -98,6 +98,9 @@ def test_what_zero_hides() -> None:
     found = ideal_time(Setting(dp_size=4, seq_length=3), replace(SIMPLE, link_bandwidth=1e3), hidden=1.0)
     gather = 3 / 4 * 2 * 1000 / 1e3
     assert found.dp_communication == pytest.approx(gather)
+    graphs = Setting(dp_size=4, seq_length=3, optimizations=frozenset({"cuda_graph"}))
+    shown = ideal_time(graphs, replace(SIMPLE, link_bandwidth=1e3), hidden=1.0)
+    assert shown.dp_communication == pytest.approx(3 * gather)  # and the sums in fp32, which no backward pass hides
     third = ideal_time(Setting(dp_size=4, seq_length=3, zero_stage=3), replace(SIMPLE, link_bandwidth=1e3))
     assert third.dp_communication == pytest.approx((2 + 2) * gather)  # two gathers, and sums of twice their width
 
@@ -160,6 +163,9 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
     peak = memory_per_gpu(shard, setting).total
     if "precision" not in job and setting.zero_stage < 3:  # by DeepSpeed's own buckets, before `sum_gradients`
         peak += 2 * min(500_000_000, setting.trained(shard) if setting.lora_rank else math.inf) * (1 + (job["dp"] > 1))
+    kept = "compile" in setting.optimizations and job["activation_checkpointing"] == "none"
+    if kept and report["date"] < "2026-11-28 14" and setting.precision != "fp8":  # before compiled layers kept less
+        peak += setting.tokens * setting.width * shard.layers * (2 * shard.hidden + shard.mlp_out)
     return seconds * 1e3, peak / GIB
 
 
@@ -173,7 +179,7 @@ def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for report, entry in rows:
         (milliseconds, peak), job = predicted(report, entry), entry["settings"]
         time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
-        waits = job["micro_batch"] * job["seq"] <= 512 and job["optimizations"] != "auto"
+        waits = job["micro_batch"] * job["seq"] <= 512
         limit = HOST_BOUND if waits else SECONDS_OF.get(job["shape"], SECONDS)
         bad = abs(time_off) > limit or abs(peak_off) > (PEAK_OF_LORA if job.get("lora_rank") else PEAK)
         wrong += bad

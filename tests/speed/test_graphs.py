@@ -161,6 +161,40 @@ def test_a_model_that_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, tiny_model: 
     assert model.forward == forward
 
 
+class Stale(Replay):
+    """A replay that reads what the first one was given."""
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        self.tokens = getattr(self, "tokens", [tensor.clone() for tensor in tensors[:2]])
+        return super().__call__(*self.tokens, *tensors[2:])
+
+
+def test_replays_are_compared_with_the_passes(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
+    model = load_model(str(tiny_model("llama")), torch.float32)
+    forward = model.forward
+    monkeypatch.setattr(graphs, "_waits_for_host", lambda *_: True)
+    monkeypatch.setattr(graphs, "_graphed", Stale)
+    trouble = graphs.replay_passes(model, SHAPE, False, alone=True)
+    assert trouble.startswith("rank 0: the gradients of its replays are off by 1") and model.forward == forward
+    monkeypatch.setattr(graphs, "_graphed", Replay)
+    assert graphs.replay_passes(model, SHAPE, False, alone=True) == "" and model.forward != forward
+
+
+def test_every_pass_restarts_the_reductions(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+    """Forward and backward of what is captured, and what runs as before."""
+    model, restarts = load_model(str(tiny_model("llama")), torch.float32), []
+    monkeypatch.setattr(graphs, "_waits_for_host", lambda *_: True)
+    monkeypatch.setattr(graphs, "_graphed", Replay)
+    assert graphs.replay_passes(model, SHAPE, False, True, lambda: restarts.append(len(restarts))) == ""
+    ids, count = torch.ones(SHAPE, dtype=torch.long), torch.tensor(128.0)
+    for samples, expected in ((SHAPE[0], 2), (1, 1)):  # a stand-in's passes, and a shape that isn't replayed
+        restarts.clear()
+        model(input_ids=ids[:samples], labels=ids[:samples], num_items_in_batch=count).loss.backward()
+        assert len(restarts) == expected
+
+
 def test_samples_are_one_sequence_unless_positions_are_given(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
 ) -> None:

@@ -29,9 +29,10 @@ def _copies_in_graphs(names: dict[str, Any]) -> None:
     graphs._waits_for_host = lambda *_: True
 
 
+EVALUATED = dict(eval_samples=6, eval_interval=5)
 EQUAL: list[dict[str, Any]] = [
     dict(tp_size=2), dict(tp_size=2, optimizations=COPIES, patch=_copies), dict(tp_size=2, patch=_copies_in_graphs),
-    dict(tp_size=2, gradient_accumulation_steps=2, eval_samples=6, eval_interval=5, patch=_copies_in_graphs),
+    dict(tp_size=2, gradient_accumulation_steps=2, **EVALUATED, patch=_copies_in_graphs),
     dict(dp_size=2), dict(dp_size=2, gradient_accumulation_steps=2), dict(dp_size=2, zero_stage=2),
     dict(dp_size=2, zero_stage=2, gradient_accumulation_steps=2), dict(dp_size=2, zero_stage=3),
     dict(tp_size=2, activation_checkpointing="selective"), dict(tp_size=2, optimizations="none"),
@@ -43,6 +44,7 @@ NEAR: list[dict[str, Any]] = [
     for grid in (dict(), dict(tp_size=2), dict(dp_size=2))
 ]
 FP32, BF16 = dict(optimizations="none"), dict(precision="bf16", optimizations="none")
+FP32_EVALUATED = FP32 | EVALUATED
 
 
 def _name(settings: dict[str, Any]) -> str:
@@ -51,13 +53,15 @@ def _name(settings: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def run_of(
-    request: pytest.FixtureRequest, train: Callable[..., Run], family: Callable[..., Path]
-) -> Iterator[Callable[..., Run]]:
+    request: pytest.FixtureRequest, train: Callable[..., Run], family: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Run]]:  # fmt: skip
     """run_of(settings): a run of a small Qwen2 whose sides suit fp8. All that the chosen tests need begin at once."""
     folder, threads = family("qwen2", hidden_size=128, intermediate_size=256, head_dim=16), ThreadPoolExecutor(AT_ONCE)
+    tmp_path_factory.getbasetemp()  # two threads can't make it at once
     futures: dict[str, Future] = {}
     chosen = [item.callspec.params["settings"] for item in request.session.items if item.module is request.module]
-    for settings in (FP32, BF16, *chosen):
+    for settings in (FP32, FP32_EVALUATED, BF16, *chosen):
         given = dict(use_gpu=True, precision="fp32") | settings
         futures[_name(settings)] = threads.submit(train, folder, **given)
     yield lambda settings: futures[_name(settings)].result()
@@ -66,7 +70,10 @@ def run_of(
 
 @pytest.mark.parametrize("settings", EQUAL, ids=_name)
 def test_equals_one_gpu(run_of: Callable[..., Run], settings: dict[str, Any]) -> None:
-    assert_equal_runs(run_of(settings), run_of(FP32))
+    run, reference = run_of(settings), run_of(FP32_EVALUATED if "eval_samples" in settings else FP32)
+    assert_equal_runs(run, reference)
+    losses = [[r["eval_loss"] for r in each.records if r["eval_loss"] is not None] for each in (run, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", NEAR, ids=_name)

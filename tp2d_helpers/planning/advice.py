@@ -60,6 +60,11 @@ def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) 
     best: dict[frozenset[str], Candidate] = {}
     for candidate in found:
         best.setdefault(frozenset(_changes(setting, candidate.setting)), candidate)
+    best = {  # a change more must save memory
+        changed: way
+        for changed, way in best.items()
+        if not any(fewer < changed and best[fewer].memory.total <= way.memory.total for fewer in best)
+    }
     single = [candidate for changed, candidate in best.items() if len(changed) == 1]
     others = [candidate for changed, candidate in best.items() if len(changed) > 1]
     return sorted((single + others)[:WAYS], key=lambda candidate: candidate.time.total)

@@ -26,15 +26,15 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 # 4, without its sequence parallelism.
 #   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
 #              attention's output; gate, silu(gate), up, their elementwise product
-#   compiled   the layer's input, the norms' outputs, the attention block's output; q, k, v; the attention's output;
-#              gate, up, and their elementwise product, an input of a matmul of the backward pass
+#   compiled   the layer's input, the attention block's output; q, k, v; the attention's output; gate, up. The norms'
+#              outputs and the MLP's product, which matmuls of the backward pass read, are made again
 #   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
 #              the group, beside the parts
 #   full       the layer's input
-#   fp8        compiled, with what is an input of a matmul in a byte, and the MLP's product made again
+#   fp8        compiled, and what is an input of a matmul, in a byte
 # tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
 ACTIVATIONS = {
-    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (4, 2, 2, 1, 1, 1, 1), "selective": (3, 2, 2, 1, 0, 0, 0),
+    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (2, 2, 2, 1, 0, 1, 1), "selective": (3, 2, 2, 1, 0, 0, 0),
     "full": (1, 0, 0, 0, 0, 0, 0), "fp8": (3, 1.5, 2, 1, 0, 1, 1),
 }  # fmt: skip
 SUMS = 2

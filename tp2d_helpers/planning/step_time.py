@@ -90,8 +90,8 @@ def step_time(
     """Seconds of one optimizer step.
 
     The work adds up, and takes at least as long as the host needs to launch it all. ZeRO's collectives hide behind the
-    last backward pass (stage 2: behind all of them), as far as they are no longer than that. Those of stage 3, which a
-    layer waits for before it can compute, hide behind nothing.
+    last backward pass (stage 2: behind all of them), as far as they are no longer than that and the passes aren't graphs.
+    Those of stage 3, which a layer waits for before it can compute, hide behind nothing.
     """
     constants, count = constants or Constants(), setting.gradient_accumulation_steps
     reached = Reached.of(device, network or Network(), constants)
@@ -100,7 +100,8 @@ def step_time(
     element_wise, tp = _element_wise(shard, setting, reached), _tp_seconds(shard, setting, reached)
     micro = matmuls + attention + element_wise + tp
     backward = 2 / 3 * micro * {2: count, 3: 0}.get(setting.zero_stage, 1)
-    dp = _dp_seconds(shard, setting, reached, constants.hidden * backward)
+    hidden = 0 if setting.replays(shard) else constants.hidden  # a graph hands out all gradients at its end
+    dp = _dp_seconds(shard, setting, reached, hidden * backward)
     optimizer = _optimizer(shard, setting, reached)
     launches = HOST_LAYER["graph" if setting.replays(shard) else how] * shard.layers * count + HOST_STEP
     return StepTime(

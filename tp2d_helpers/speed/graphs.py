@@ -27,6 +27,7 @@ from tp2d_helpers.speed.agreement import everywhere, first_trouble
 HOST_BOUND, DOUBT = 1.25e12, 6
 # Of the time that passes take, the share spent launching them from which on the GPU waits for its host.
 WAITS = 0.8
+OFF = 0.1  # of their norm, from which on a replay's gradients are wrong: rounding in bf16 makes a tenth of that
 
 _replayed = 0  # bytes that graphs use while they run, and that the allocator takes for free
 
@@ -91,6 +92,10 @@ def replay_passes(
     if not trouble:
         replay, trouble = _tried(_graphed, passes, (*sample, *aliases), alone)
         trouble = first_trouble(trouble)
+    if not trouble:
+        compared = functools.partial(_compared, replay, model.config.get_text_config().vocab_size)
+        found, trouble = _tried(compared, passes, (*sample, *aliases), alone)
+        trouble = first_trouble(trouble or found)
     if trouble:
         del replay
         _forget_graphs()
@@ -187,8 +192,38 @@ def _graphed(passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ..
     global _replayed
     segments = [found for found in torch.cuda.memory_snapshot() if tuple(found["segment_pool_id"]) == tuple(pool)]
     _replayed = sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
-    torch.cuda.reset_peak_memory_stats()
     return replay
+
+
+def _compared(
+    replay: Callable[..., torch.Tensor], vocabulary: int, passes: Callable[..., torch.Tensor],
+    inputs: tuple[torch.Tensor, ...],
+) -> str:  # fmt: skip
+    """In words, if replays of random tokens give other gradients than the passes that the graphs were made of.
+
+    Not bit for bit: attention's backward pass adds in any order, and graphs may reduce over ranks in another way.
+    """
+    ids, _, count, *weights = inputs
+    draw, trained = torch.Generator(ids.device).manual_seed(0), [weight for weight in weights if weight.requires_grad]
+    for _ in range(2):  # what one replay leaves must not reach the next
+        given = torch.randint(vocabulary, ids.shape, generator=draw, device=ids.device)
+        found = []
+        for function in (passes, replay):
+            with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+                torch.manual_seed(0)  # for dropout
+                loss = function(given, given, count * ids.numel(), *weights)
+                found.append(torch.autograd.grad(loss, trained, allow_unused=True))
+        pairs = [(now, then) for then, now in zip(*found, strict=True) if then is not None]
+        error, norm = (torch.stack([part.float().norm() for part in parts]).norm().item() for parts in (
+            [now - then for now, then in pairs], [then for _, then in pairs],
+        ))  # fmt: skip
+        del found, pairs
+        if not error <= OFF * norm:  # nor if it isn't a number
+            return f"the gradients of its replays are off by {error / norm:.0%}"
+    if ids.is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return ""
 
 
 def _forget_graphs() -> None:

@@ -173,14 +173,14 @@ def layer_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in decoder_layers(model)[0].parameters())
 
 
-def compile_layers(model: torch.nn.Module) -> None:
+def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
     # Norms' outputs and the MLP's product are made again from what is kept anyway, even where a matmul reads them: a
     # seventh of a 7B model's memory, for 1 % of its time at the same micro-batch (ci/benchmark/README.md).
     functorch_config.ban_recompute_materialized_backward = False
     for layer in decoder_layers(model):
-        layer.compile(dynamic=False)
+        layer.compile(backend=backend, dynamic=False)
 
 
 # What "selective" checkpointing keeps: the results of matmuls, attention and communication. The element-wise
