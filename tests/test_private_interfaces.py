@@ -241,7 +241,16 @@ def torch_symmetric_memory() -> None:
     import torch.distributed._symmetric_memory as symmetric_memory
 
     has(symmetric_memory, "empty", "rendezvous", "_SymmetricMemory")
-    has(symmetric_memory._SymmetricMemory, "stream_write_value32", "wait_signal", "get_buffer", "get_signal_pad")
+    names = "stream_write_value32", "wait_signal", "get_buffer", "get_signal_pad", "barrier"
+    has(symmetric_memory._SymmetricMemory, *names)
+
+
+@interface("torch._functorch.config")
+def torch_what_is_kept() -> None:
+    from torch._functorch import config, partitioners
+
+    has(config, "ban_recompute_materialized_backward")
+    assert "config.ban_recompute_materialized_backward" in inspect.getsource(partitioners)
 
 
 @interface("torch._foreach_norm")

@@ -84,7 +84,7 @@ def caption(entry: dict[str, Any]) -> str:
         notes.append(f"{settings.get('gradients', 'fp32')} gradients{reduced}")
     if is_eager(settings):
         notes.append("eager, not compiled")
-    return "\n".join([*lines, *textwrap.wrap("; ".join(notes), 50)])
+    return "\n".join([*lines, *textwrap.wrap("; ".join(notes), 50, break_on_hyphens=False)])
 
 
 def is_eager(settings: dict[str, Any]) -> bool:

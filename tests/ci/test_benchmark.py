@@ -237,7 +237,7 @@ def test_captions_say_what_sets_a_candidate_apart() -> None:
     assert caption(entry("ours", 1)).splitlines() == lines
     assert caption(entry("fsdp2_sp", 1)).splitlines()[2] == "bf16; fp32 gradients"
     each = caption(entry("fsdp2_sp", 1, sync="each", gradients="bf16"))
-    assert each.splitlines()[2] == "bf16; bf16 gradients, reduced after every micro-batch"
+    assert " ".join(each.splitlines()[2:]) == "bf16; bf16 gradients, reduced after every micro-batch"
     assert caption(entry("fsdp2_sp", 1, precision="fp8")).splitlines()[2] == "fp8; fp32 gradients"
     assert "eager, not compiled" in caption(entry("dp_zero3", 1))
     assert "eager, not compiled" in caption(entry("template_settings", 1))

@@ -75,8 +75,9 @@ def test_forks_get_no_gpu(settings: Callable[[str], Config]) -> None:
     [job] = content["jobs"].values()
     assert content["on"]["pull_request"] == {"types": ["labeled"]} and "self-hosted" in job["runs-on"]
     assert "github.event.pull_request.head.repo.full_name == github.repository" in job["if"]
-    [command] = commands(ROOT / ".github/workflows/gpu.yml")
-    assert settings(command.replace("$STEPS", "20")).debug_steps == 20
+    notebook, tests = commands(ROOT / ".github/workflows/gpu.yml")
+    assert settings(notebook.replace("$STEPS", "20")).debug_steps == 20
+    assert (ROOT / tests.split("#")[0].split()[-1]).is_dir()
 
 
 def test_the_newest_libraries_are_unpinned_and_no_others(tmp_path: Path) -> None:
