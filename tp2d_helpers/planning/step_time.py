@@ -90,7 +90,7 @@ def step_time(
     """Seconds of one optimizer step.
 
     The work adds up, and takes at least as long as the host needs to launch it all. ZeRO's collectives hide behind the
-    last backward pass (stage 2: behind all of them), as far as they are no longer than that and the passes aren't graphs.
+    last backward pass (stage 2: behind all of them), as far as they are no longer than that, and unless it is a graph.
     Those of stage 3, which a layer waits for before it can compute, hide behind nothing.
     """
     constants, count = constants or Constants(), setting.gradient_accumulation_steps
