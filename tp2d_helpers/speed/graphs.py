@@ -214,12 +214,11 @@ def _compared(
                 loss = function(given, given, count * ids.numel(), *weights)
                 found.append(torch.autograd.grad(loss, trained, allow_unused=True))
         pairs = [(now, then) for then, now in zip(*found, strict=True) if then is not None]
-        error, norm = (torch.stack([part.float().norm() for part in parts]).norm().item() for parts in (
-            [now - then for now, then in pairs], [then for _, then in pairs],
-        ))  # fmt: skip
+        error = torch.stack([(now.float() - then).norm() for now, then in pairs]).norm().item()
+        norm = torch.stack([then.float().norm() for _, then in pairs]).norm().item()
         del found, pairs
         if not error <= OFF * norm:  # nor if it isn't a number
-            return f"the gradients of its replays are off by {error / norm:.0%}"
+            return f"the gradients of its replays are off by {error / max(norm, 1e-30):.0%}"
     if ids.is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
