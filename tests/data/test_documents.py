@@ -17,7 +17,7 @@ from tp2d_helpers.data.dataloader import create_dataloader, global_batches
 from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.packing import best_fit, collate
 from tp2d_helpers.data.tokens import prepare_tokens
-from tp2d_helpers.speed import documents, graphs
+from tp2d_helpers.speed import documents
 
 # Which documents share a sample.
 
@@ -154,7 +154,7 @@ def test_one_does_not_depend_on_another(model: transformers.PreTrainedModel, by:
     first, other, second, third = parts_of((11, 11, 14, 7))
     truth = model(input_ids=second[None], use_cache=False).logits[0].detach()
     if by != "transformers":
-        graphs.skip_search_for_packed_samples(model)
+        documents.skip_search_for_packed_samples(model)
     if by == "attend":
         model.set_attn_implementation(documents.NAME)
 

@@ -22,7 +22,7 @@ from grid import Run, assert_equal_runs
 
 from tp2d_helpers.demo import demo_documents
 from tp2d_helpers.model.whole_weights import WholeWeights
-from tp2d_helpers.speed import optimizations, reductions
+from tp2d_helpers.speed import optimizations, reducers
 
 Train = Callable[..., Run]
 MODELS = ["qwen2-tied", "qwen2-untied", "llama", "qwen3", "mistral"]
@@ -180,13 +180,13 @@ def _shard_by_world_rank_unseen(names: dict[str, Any]) -> None:
 
 
 def _skip_all_reduces_of(function: str) -> None:
-    begin = reductions.Collectives.begin
+    begin = reducers.Collectives.begin
 
     def skipping(self: Any, part: Any) -> None:
         if sys._getframe(1).f_code.co_name != function:
             begin(self, part)
 
-    reductions.Collectives.begin = skipping
+    reducers.Collectives.begin = skipping
 
 
 def _skip_the_forward_all_reduce(names: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from grid import Run, assert_equal_runs
 from transformers import masking_utils
 
 from tp2d_helpers.model.engine import load_model
-from tp2d_helpers.speed import graphs, optimizations, reductions
+from tp2d_helpers.speed import documents, graphs, optimizations, reducers
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 
 Train = Callable[..., Run]
@@ -204,7 +204,7 @@ def test_samples_are_one_sequence_unless_positions_are_given(
     expected = [model(input_ids=ids, **given).logits for given in ({}, {"position_ids": packed})]
     assert not torch.allclose(*expected)
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices)
-    graphs.skip_search_for_packed_samples(model)
+    documents.skip_search_for_packed_samples(model)
     for _ in range(2):
         assert torch.equal(model(input_ids=ids).logits, expected[0])
         assert masking_utils.find_packed_sequence_indices(packed) is None  # nobody asks
@@ -240,7 +240,7 @@ def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) 
     found = []
     for replays in (False, True):
         model = load_model(str(tiny_model("llama")), torch.float32).cuda()
-        graphs.skip_search_for_packed_samples(model)
+        documents.skip_search_for_packed_samples(model)
         if replays:
             assert graphs.replay_passes(model, SHAPE, keeps_gradients=True, alone=True) == ""
         optimizer, draw, losses = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator().manual_seed(0), []
@@ -262,7 +262,7 @@ def test_sums_in_a_graph(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         name = dist.group.WORLD.group_name
-        reductions.register(dist.group.WORLD)
+        reducers.register(dist.group.WORLD)
         y, weight = torch.ones(8, 16, device="cuda"), torch.ones(4, 16, device="cuda")
         dist.all_reduce(y.clone())
         torch.cuda.synchronize()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tp2d_helpers.speed import reductions
+from tp2d_helpers.speed import reducers
 from tp2d_helpers.speed.layers import ColumnMatmuls
 
 
@@ -27,7 +27,7 @@ class Alone:
 def test_biases_of_some_of_the_layers(
     monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...], biased: tuple[bool, ...]
 ) -> None:
-    monkeypatch.setitem(reductions.REDUCERS, "alone", Alone())
+    monkeypatch.setitem(reducers.REDUCERS, "alone", Alone())
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(width, 5, dtype=torch.float64, requires_grad=True) for width in widths]

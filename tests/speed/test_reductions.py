@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tp2d_helpers.speed import reductions
+from tp2d_helpers.speed import reducers, reductions
 
 TOKENS = 3 * reductions.ROWS_TO_HALVE
 ROUNDS = 20  # more than there are inboxes, and enough for one process to run ahead of the other
@@ -28,9 +28,9 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     group = dist.group.WORLD
-    reductions.register(group)
+    reducers.register(group)
     if on_gpu:
-        assert reductions.copy_between_peers(group, TOKENS * K, dtype) == ""
+        assert reducers.copy_between_peers(group, TOKENS * K, dtype) == ""
     for step in range(ROUNDS):
         tokens = TOKENS if step % 3 else 7  # by copies in two halves, and by a collective
         tokens += TOKENS if step == ROUNDS - 1 else 0  # more than an inbox holds
@@ -60,7 +60,7 @@ def replay(rank: int, group: dist.ProcessGroup, K: int, N: int) -> None:
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        reductions.restart(group)
+        reducers.restart(group)
         results = [product() for _ in range(3)]
     for step in range(ROUNDS):
         torch.manual_seed(step)
@@ -70,14 +70,14 @@ def replay(rank: int, group: dist.ProcessGroup, K: int, N: int) -> None:
         graph.replay()
         assert all(torch.equal(z, y @ row.T) for z in results), f"replay {step}"
         if step % 3 == 0:
-            reductions.restart(group)
+            reducers.restart(group)
             assert torch.equal(product(), y @ row.T), f"after replay {step}"
 
 
 def fall_back(rank: int, store: str) -> None:
     """One of two GPUs that should reach each other's memory can't share it: both go by collectives, and say why."""
 
-    class Refused(reductions.Collectives):
+    class Refused(reducers.Collectives):
         def __init__(self, group: dist.ProcessGroup, *_: object) -> None:
             if rank == 1:
                 raise RuntimeError("pidfd_getfd: not permitted\nframe #0")
@@ -86,13 +86,13 @@ def fall_back(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     device, reach = rank, True
     torch.cuda.current_device, torch.cuda.can_device_access_peer = lambda: device, lambda *_: reach
-    reductions.PeerCopies, group = Refused, dist.group.WORLD
-    assert reductions.copy_between_peers(group, 1, torch.float32) == "rank 1: pidfd_getfd: not permitted"
-    assert type(reductions.REDUCERS[group.group_name]) is reductions.Collectives
+    reducers.PeerCopies, group = Refused, dist.group.WORLD
+    assert reducers.copy_between_peers(group, 1, torch.float32) == "rank 1: pidfd_getfd: not permitted"
+    assert type(reducers.REDUCERS[group.group_name]) is reducers.Collectives
     reach = False
-    assert reductions.copy_between_peers(group, 1, torch.float32).startswith("rank 0: GPU 0 of ")
+    assert reducers.copy_between_peers(group, 1, torch.float32).startswith("rank 0: GPU 0 of ")
     reach, device = True, 0  # each process sees a GPU of its own only
-    assert reductions.copy_between_peers(group, 1, torch.float32).endswith("can't reach each other's memory")
+    assert reducers.copy_between_peers(group, 1, torch.float32).endswith("can't reach each other's memory")
     dist.barrier()
     os._exit(0)
 

@@ -12,7 +12,7 @@ import torch
 from grid import Run, assert_equal_runs
 
 from tp2d_helpers.config import OPTIMIZATIONS
-from tp2d_helpers.speed import graphs, reductions
+from tp2d_helpers.speed import graphs, reducers, reductions
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 AT_ONCE = 16  # runs; most of a run is imports and compilation
@@ -21,7 +21,7 @@ COPIES = "compile,block_all_reduce,peer_copies,fused_loss,fused_step"
 
 def _copies(names: dict[str, Any]) -> None:
     """However small it is, half of what is all-reduced travels by copy engine while the other half is computed."""
-    reductions.BYTES_TO_COPY, reductions.ROWS_TO_HALVE = 0, 16
+    reducers.BYTES_TO_COPY, reductions.ROWS_TO_HALVE = 0, 16
 
 
 def _copies_in_graphs(names: dict[str, Any]) -> None:

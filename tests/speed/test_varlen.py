@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from tp2d_helpers.data.packing import cumulative_lengths, positions_of
-from tp2d_helpers.speed import documents, graphs
+from tp2d_helpers.speed import documents
 from tp2d_helpers.speed.layers import checkpoint_layers, decoder_layers
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
@@ -41,7 +41,7 @@ def model_of(window: int | None, varlen: bool, **shape: Any) -> transformers.Pre
     model = AutoModelForCausalLM.from_config(config).train()
     if varlen:
         model.set_attn_implementation(documents.NAME)
-    graphs.skip_search_for_packed_samples(model)
+    documents.skip_search_for_packed_samples(model)
     return model
 
 

@@ -28,7 +28,7 @@ from tp2d_helpers.model.divide import divide
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.rehearsal import Rehearsal, quiet
 from tp2d_helpers.model.small import small_model
-from tp2d_helpers.speed import reductions
+from tp2d_helpers.speed import reducers
 
 SAMPLE = (2, 12)  # samples, tokens
 LOSS, GRADIENT = 1e-5, 1e-3  # as shares; rounding in fp32 makes less than a tenth of either
@@ -69,7 +69,7 @@ class Rank:
 
     @property
     def group(self) -> Rank:
-        """Itself: `reductions.register` asks."""
+        """Itself: `reducers.register` asks."""
         return self
 
     def now(self, x: torch.Tensor) -> None:
@@ -190,5 +190,5 @@ def _ranks_are_threads(tp_size: int) -> Iterator[list[Rank]]:
             stack.enter_context(mock.patch.object(module, "dist", Communication))
         stack.enter_context(mock.patch.object(autotp_layers, "pg_utils", parallel))
         stack.enter_context(mock.patch.object(autotp_layers.TensorParallel_Layer, "keep_module_on_host", True))
-        stack.enter_context(mock.patch.dict(reductions.REDUCERS, {rank.group_name: rank for rank in ranks}))
+        stack.enter_context(mock.patch.dict(reducers.REDUCERS, {rank.group_name: rank for rank in ranks}))
         yield ranks

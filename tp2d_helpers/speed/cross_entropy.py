@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from deepspeed.module_inject.layers import VocabParallelLinear
 
 from tp2d_helpers.data.dataset import IGNORED
-from tp2d_helpers.speed import reductions
+from tp2d_helpers.speed import reducers
 from tp2d_helpers.speed.logits import Operation, replay
 
 # Positions whose logits are there at once. The more, the less often the gradient of the head's weight is read and
@@ -40,7 +40,7 @@ class Vocabulary:
         """That of a head, whose TP group the operators of `reductions` know from now on."""
         if not isinstance(head, VocabParallelLinear):
             return cls()
-        reductions.register(head.mp_group)
+        reducers.register(head.mp_group)
         return cls(head.mp_group, head.vocab_start_index)
 
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +134,7 @@ class HeadLoss(torch.autograd.Function):
             for part, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
         total, dx = torch.zeros_like(count), torch.empty_like(hidden)
-        reducer = None if group is None else reductions.REDUCERS[group]
+        reducer = None if group is None else reducers.REDUCERS[group]
         parts = (tensor.tensor_split(-(-len(targets) // ROWS)) for tensor in (hidden, targets, dx))
         for i, (x, target, part) in enumerate(zip(*parts, strict=True)):
             logits = F.linear(x, weight, bias)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 NAME = "documents"  # of the attention function, for `set_attn_implementation`
 HALF = (torch.bfloat16, torch.float16)  # what flash attention computes in
@@ -105,6 +105,27 @@ def masked(
     gqa = query.shape[1] != key.shape[1]
     output = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=gqa)
     return output[0].transpose(0, 1)
+
+
+def skip_search_for_packed_samples(model: torch.nn.Module) -> None:
+    """Tell `transformers` that to attention a sample is one sequence, unless the batch has position ids.
+
+    It would look for places where positions start again, and for that ask the GPU in each forward pass, though it
+    numbered them itself; and where it can't ask, in a graph, use a mask in place of flash attention's own. A batch of
+    packed documents says where they begin, in `cu_seq_lens_q`.
+    """
+    search, whole = masking_utils.find_packed_sequence_indices, model.forward
+
+    @functools.wraps(whole)
+    def forward(*args: Any, cu_seq_lens_q: torch.Tensor | None = None, **batch: Any) -> Any:
+        """The model's own output."""
+        given = batch.get("position_ids") is not None or len(args) > 2
+        find = search if given else lambda position_ids: None
+        masking_utils.find_packed_sequence_indices = find if cu_seq_lens_q is None else number_documents
+        set_lengths(cu_seq_lens_q)
+        return whole(*args, **batch)
+
+    model.forward = forward
 
 
 AttentionInterface.register(NAME, attend)

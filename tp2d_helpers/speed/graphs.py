@@ -18,7 +18,6 @@ import torch
 from transformers import masking_utils
 from transformers.modeling_outputs import CausalLMOutput
 
-from tp2d_helpers.speed import documents
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 
 # Operations of a decoder layer, forward and backward, below which an H200 has done them before its host has launched
@@ -77,7 +76,7 @@ def replay_passes(
         keeps_gradients: whether a gradient outlives its step, or is added to.
         alone: whether the passes reduce nothing over other ranks, which would wait for one that ran out of memory.
         restart: called as a pass begins, forward and backward: a graph takes the same way in each replay, and what is
-            reduced over ranks must not depend on what came before (`reductions.restart`).
+            reduced over ranks must not depend on what came before (`reducers.restart`).
 
     Returns:
         why it can't be done, the same on all ranks; "" if it is.
@@ -86,18 +85,8 @@ def replay_passes(
     ids = torch.zeros(shape, dtype=torch.long, device=device)
     sample = (ids, ids.clone(), torch.ones((), device=device))
     passes, weights, aliases = _passes(Loss(model.train()), sample, restart)
-    waits, trouble = _tried(_waits_for_host, passes, (*sample, *aliases), alone)
-    trouble = first_trouble(trouble) or ("" if any(everywhere(waits)) else "a step waits for the GPU, not for its host")
-    replay = None
-    if not trouble:
-        replay, trouble = _tried(_graphed, passes, (*sample, *aliases), alone)
-        trouble = first_trouble(trouble)
-    if not trouble:
-        compared = functools.partial(_compared, replay, model.config.get_text_config().vocab_size)
-        found, trouble = _tried(compared, passes, (*sample, *aliases), alone)
-        trouble = first_trouble(trouble or found)
+    replay, trouble = _captured(passes, (*sample, *aliases), model.config.get_text_config().vocab_size, alone)
     if trouble:
-        del replay
         _forget_graphs()
         return trouble
 
@@ -116,6 +105,23 @@ def replay_passes(
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.register_hook(functools.partial(_keep, parameter))
     return ""
+
+
+def _captured(
+    passes: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...], vocabulary: int, alone: bool
+) -> tuple[Callable[..., torch.Tensor] | None, str]:
+    """(graphs of the passes, "") or (None, why there are none), which is the same on all ranks. Collective."""
+    waits, trouble = _tried(_waits_for_host, passes, inputs, alone)
+    if trouble := first_trouble(trouble):
+        return None, trouble
+    if not any(everywhere(waits)):
+        return None, "a step waits for the GPU, not for its host"
+    replay, trouble = _tried(_graphed, passes, inputs, alone)
+    if trouble := first_trouble(trouble):
+        return None, trouble
+    off, trouble = _tried(functools.partial(_compared, replay, vocabulary), passes, inputs, alone)
+    trouble = first_trouble(trouble or off)
+    return (None if trouble else replay), trouble
 
 
 class _Restart(torch.autograd.Function):
@@ -236,24 +242,3 @@ def _forget_graphs() -> None:
 def _keep(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     """A copy of a weight's first gradient, as the next replay writes its own in the same place."""
     return gradient.clone() if parameter.grad is None else gradient
-
-
-def skip_search_for_packed_samples(model: torch.nn.Module) -> None:
-    """Tell `transformers` that to attention a sample is one sequence, unless the batch has position ids.
-
-    It would look for places where positions start again, and for that ask the GPU in each forward pass, though it
-    numbered them itself; and where it can't ask, in a graph, use a mask in place of flash attention's own. A batch of
-    packed documents says where they begin, in `cu_seq_lens_q`.
-    """
-    search, whole = masking_utils.find_packed_sequence_indices, model.forward
-
-    @functools.wraps(whole)
-    def forward(*args: Any, cu_seq_lens_q: torch.Tensor | None = None, **batch: Any) -> Any:
-        """The model's own output."""
-        given = batch.get("position_ids") is not None or len(args) > 2
-        find = search if given else lambda position_ids: None
-        masking_utils.find_packed_sequence_indices = find if cu_seq_lens_q is None else documents.number_documents
-        documents.set_lengths(cu_seq_lens_q)
-        return whole(*args, **batch)
-
-    model.forward = forward

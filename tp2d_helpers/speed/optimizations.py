@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tp2d_helpers import startup
 from tp2d_helpers.config import OPTIMIZATIONS
-from tp2d_helpers.speed import frozen, graphs, layers, reductions
+from tp2d_helpers.speed import documents, frozen, graphs, layers, reducers
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 from tp2d_helpers.speed.float8 import compute_in_fp8
 from tp2d_helpers.speed.loss import fuse_loss
@@ -71,14 +71,14 @@ def optimize(
     model = engine.module
     _say("not all optimizations", trouble)
     shape = config["batch_size_per_gpu"], config["seq_length"]
-    graphs.skip_search_for_packed_samples(model)
+    documents.skip_search_for_packed_samples(model)
     if "block_all_reduce" in names:
         (frozen.enter_once_per_block if config.get("lora_rank") else layers.reduce_once_per_block)(model, blocks)
     if config.get("precision") == "fp8":
         compute_in_fp8(engine, "compile" in names)
     if "peer_copies" in names:
         elements = math.prod(shape) * model.config.get_text_config().hidden_size
-        _say("no peer_copies but NCCL", reductions.copy_between_peers(tp_group, elements, model.dtype))
+        _say("no peer_copies but NCCL", reducers.copy_between_peers(tp_group, elements, model.dtype))
     if "fused_loss" in names:
         fuse_loss(model, "compile" in names, in_chunks=engine.zero_optimization_stage() < 3)
     if "fused_step" in names:
@@ -88,7 +88,7 @@ def optimize(
         layers.compile_layers(model)
     if "cuda_graph" in names and graphs.may_be_host_bound(layers.layer_parameters(model), math.prod(shape)):
         keeps = engine.zero_optimization_stage() == 0  # else they are summed elsewhere
-        restart = functools.partial(reductions.restart, tp_group)
+        restart = functools.partial(reducers.restart, tp_group)
         _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, tp_group.size() == 1, restart))
     startup.mark("optimizations")
 
