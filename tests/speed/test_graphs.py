@@ -17,7 +17,7 @@ from grid import Run, assert_equal_runs
 from transformers import masking_utils
 
 from tp2d_helpers.model.engine import load_model
-from tp2d_helpers.speed import documents, graphs, optimizations, reducers
+from tp2d_helpers.speed import documents, graphs, optimizations, reductions
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 
 Train = Callable[..., Run]
@@ -262,7 +262,7 @@ def test_sums_in_a_graph(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         name = dist.group.WORLD.group_name
-        reducers.register(dist.group.WORLD)
+        reductions.register(dist.group.WORLD)
         y, weight = torch.ones(8, 16, device="cuda"), torch.ones(4, 16, device="cuda")
         dist.all_reduce(y.clone())
         torch.cuda.synchronize()

@@ -28,7 +28,7 @@ def compare(rank: int, store: str, on_gpu: bool) -> None:
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     group = dist.group.WORLD
-    reducers.register(group)
+    reductions.register(group)
     if on_gpu:
         assert reducers.copy_between_peers(group, TOKENS * K, dtype) == ""
     for step in range(ROUNDS):

@@ -26,7 +26,7 @@ from deepspeed.module_inject.layers import (
 from tp2d_helpers.model.cuts import Cut
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.styles import COLUMN, EXPERTS, NORM
-from tp2d_helpers.speed import reducers
+from tp2d_helpers.speed import reductions
 from tp2d_helpers.speed.frozen import Both, Enter, Leave
 
 # What a module calls the numbers that its code divides activations by.
@@ -46,7 +46,7 @@ def divide(model: torch.nn.Module, plan: Plan, group: dist.ProcessGroup | None, 
         return
     set_autotp_mode(training=True)  # as `deepspeed.initialize` does later: or its layers take no gradients
     if group is not None:
-        reducers.register(group)
+        reductions.register(group)
     wholes = {name: weight.shape for name, weight in model.named_parameters()}
     for module in model.modules():
         if not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.ndim != 2:

@@ -69,7 +69,7 @@ class Rank:
 
     @property
     def group(self) -> Rank:
-        """Itself: `reducers.register` asks."""
+        """Itself: `reductions.register` asks."""
         return self
 
     def now(self, x: torch.Tensor) -> None:

@@ -60,10 +60,13 @@ def ways_out(model: ModelFacts, device: Device, setting: Setting, limit: float) 
     best: dict[frozenset[str], Candidate] = {}
     for candidate in found:
         best.setdefault(frozenset(_changes(setting, candidate.setting)), candidate)
-    best = {  # a change more must save memory
+    best = {  # a change more must gain speed or save memory
         changed: way
         for changed, way in best.items()
-        if not any(fewer < changed and best[fewer].memory.total <= way.memory.total for fewer in best)
+        if not any(
+            fewer < changed and other.time.total <= way.time.total and other.memory.total <= way.memory.total
+            for fewer, other in best.items()
+        )
     }
     single = [candidate for changed, candidate in best.items() if len(changed) == 1]
     others = [candidate for changed, candidate in best.items() if len(changed) > 1]

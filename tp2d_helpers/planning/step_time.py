@@ -95,15 +95,16 @@ def step_time(
     """
     constants, count = constants or Constants(), setting.gradient_accumulation_steps
     reached = Reached.of(device, network or Network(), constants)
-    how = "compiled" if "compile" in setting.optimizations else "eager"
+    replays = setting.replays(shard)
+    how = "graph" if replays else "compiled" if "compile" in setting.optimizations else "eager"
     matmuls, attention = _matmuls(shard, setting, reached), _attention(shard, setting, reached)
     element_wise, tp = _element_wise(shard, setting, reached), _tp_seconds(shard, setting, reached)
     micro = matmuls + attention + element_wise + tp
     backward = 2 / 3 * micro * {2: count, 3: 0}.get(setting.zero_stage, 1)
-    hidden = 0 if setting.replays(shard) else constants.hidden  # a graph hands out all gradients at its end
+    hidden = 0 if replays else constants.hidden  # a graph hands out all gradients at its end
     dp = _dp_seconds(shard, setting, reached, hidden * backward)
     optimizer = _optimizer(shard, setting, reached)
-    launches = HOST_LAYER["graph" if setting.replays(shard) else how] * shard.layers * count + HOST_STEP
+    launches = HOST_LAYER[how] * shard.layers * count + HOST_STEP
     return StepTime(
         matmuls * count, attention * count, element_wise * count, tp * count, dp, optimizer,
         host=max(0.0, constants.host * launches - micro * count - dp - optimizer),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from deepspeed.module_inject.layers import VocabParallelLinear
 
 from tp2d_helpers.data.dataset import IGNORED
-from tp2d_helpers.speed import reducers
+from tp2d_helpers.speed import reducers, reductions
 from tp2d_helpers.speed.logits import Operation, replay
 
 # Positions whose logits are there at once. The more, the less often the gradient of the head's weight is read and
@@ -40,7 +40,7 @@ class Vocabulary:
         """That of a head, whose TP group the operators of `reductions` know from now on."""
         if not isinstance(head, VocabParallelLinear):
             return cls()
-        reducers.register(head.mp_group)
+        reductions.register(head.mp_group)
         return cls(head.mp_group, head.vocab_start_index)
 
     def losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 
-from tp2d_helpers.speed import reducers, reductions  # noqa: F401 - the latter defines the operators
+from tp2d_helpers.speed import reductions
 from tp2d_helpers.speed.layers import block_input
 
 
@@ -103,7 +103,7 @@ def freeze(model: torch.nn.Module) -> None:
     """Take AutoTP's layers for these, without adapters yet."""
     for layer in model.modules():
         if type(layer) in FROZEN and not getattr(layer, "gather_output", False):
-            reducers.register(layer.mp_group)
+            reductions.register(layer.mp_group)
             layer.__class__, layer.adapter = FROZEN[type(layer)], ()
 
 

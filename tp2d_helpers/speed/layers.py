@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tp2d_helpers.cache import cache_dir
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.speed import reducers, reductions  # noqa: F401 - the latter defines the operators
+from tp2d_helpers.speed import reductions
 
 
 class ColumnMatmuls(torch.autograd.Function):
@@ -117,7 +117,7 @@ def reduce_once_per_block(model: torch.nn.Module, blocks: Collection[str]) -> No
         children = [child for child in block.children() if getattr(child, "is_tp_parallel", False)]
         columns = column_layers(block) if name in blocks else []
         for child in children:
-            reducers.register(child.mp_group)
+            reductions.register(child.mp_group)
             child.__class__ = FASTER.get(type(child), type(child))
         for column in columns:
             column.__class__, column.part = ColumnLinear, None

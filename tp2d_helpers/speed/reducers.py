@@ -95,13 +95,6 @@ class PeerCopies(Collectives):
 REDUCERS: dict[str, Collectives] = {}
 
 
-def register(group: dist.ProcessGroup) -> None:
-    """Let the operators of `reductions` reduce over the group, which they know by its name."""
-    found = REDUCERS.get(group.group_name)
-    if found is None or found.group is not group:
-        REDUCERS[group.group_name] = Collectives(group)
-
-
 def restart(group: dist.ProcessGroup) -> None:
     """Begin a pass whose all-reduces over the group are a graph's, or come after a graph's. Every rank calls it."""
     if group.group_name in REDUCERS:

@@ -10,10 +10,18 @@ import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from tp2d_helpers.speed.reducers import REDUCERS
+from tp2d_helpers.speed.reducers import REDUCERS, Collectives
 
 ROWS_TO_HALVE = 4096  # from so many on, half a matmul takes half its time
+
+
+def register(group: dist.ProcessGroup) -> None:
+    """Let the operators below reduce over the group, which they know by its name."""
+    found = REDUCERS.get(group.group_name)
+    if found is None or found.group is not group:
+        REDUCERS[group.group_name] = Collectives(group)
 
 
 def row_matmul(y: torch.Tensor, weight: torch.Tensor, group: str) -> torch.Tensor:
