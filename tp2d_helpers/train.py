@@ -25,6 +25,7 @@ from tp2d_helpers.data.dataloader import create_dataloader, data_settings, globa
 from tp2d_helpers.data.evaluation import evaluate
 from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.planning.out_of_memory import explain_out_of_memory
+from tp2d_helpers.speed import graphs
 from tp2d_helpers.training.elastic import PreemptionNotice
 from tp2d_helpers.training.metrics import StepMetrics, log_to_file
 from tp2d_helpers.training.samples import Samples
@@ -109,7 +110,7 @@ def worker(config: dict[str, Any]) -> Iterator[Worker]:
     """What surrounds the loop on a worker.
 
     A log file of its own, the grid that the workers there are can form, a watchdog, the run's folder held against
-    other writers, and words for what runs out of memory.
+    other writers, words for what runs out of memory, and CUDA graphs given back at the end.
     """
     context, folder = ray.train.get_context(), Path(config["storage_path"], config["experiment_name"])
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -118,4 +119,7 @@ def worker(config: dict[str, Any]) -> Iterator[Worker]:
     patience = config["hang_timeout_seconds"]
     with explain_out_of_memory(config), Watchdog(folder, rank, world_size, patience) as watchdog:
         claim_run(folder, rank)
-        yield Worker(config, rank, world_size, folder, watchdog)
+        try:
+            yield Worker(config, rank, world_size, folder, watchdog)
+        finally:
+            graphs.release()

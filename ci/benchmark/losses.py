@@ -2,7 +2,8 @@
 
     python ci/benchmark/losses.py --runs qwen2.5-0.5b:0:8:512,qwen2-7b:8:2:1024 --out losses.json --plot losses.png
 
-A run is shape:layers:micro-batch:sequence (0 layers: the shape's own), on `--tp` GPUs, at a constant rate.
+A run is shape:layers:micro-batch:sequence (0 layers: the shape's own), on `--tp` GPUs, at a constant rate. A precision
+may name another number of GPUs, as `bf16:1`: how far apart are runs that differ in the order of their sums alone?
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from jobs import Job
 LAST = 50  # steps whose mean loss is compared
 
 
-def job_of(run: dict[str, Any], precision: str, options: argparse.Namespace) -> dict[str, Any]:
+def job_of(run: dict[str, Any], precision: str, tp: int, options: argparse.Namespace) -> dict[str, Any]:
     """A job for `candidate.py`."""
     return dict(
-        name="losses", kind="ours", tp=options.tp, dp=1, zero=1, seq=run["seq"], optimizations="auto", sync="last",
+        name="losses", kind="ours", tp=tp, dp=1, zero=1, seq=run["seq"], optimizations="auto", sync="last",
         precision=precision, gradients="fp32", lora_rank=0, activation_checkpointing="none", packing="plain",
         shape=run["shape"], steps=options.steps, warmup=0, profile=False, micro_batch=run["micro_batch"],
         accumulation=1, learning_rate=options.learning_rate, model=run["model"],
@@ -98,8 +99,10 @@ def main() -> None:
         report |= making.found()
         run |= dict(losses={}, grad_norms={}, step_ms={}, peak_gib={})
         for precision in options.precisions:
-            folder = options.scratch / "jobs" / f"{shape}-{precision}"
-            job = Job("candidate.py", job_of(run, precision, options), options.tp, folder, env)
+            name, _, gpus = precision.partition(":")
+            tp = int(gpus or options.tp)
+            folder = options.scratch / "jobs" / f"{shape}-{name}-{tp}"
+            job = Job("candidate.py", job_of(run, name, tp, options), tp, folder, env)
             job.release()
             if error := job.wait(options.time_limit):
                 raise SystemExit(f"{text} in {precision}: {error}")

@@ -6,6 +6,7 @@ each replay writes again, and the weights must be where they were.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from grid import Run, assert_equal_runs
+from grid import Run, assert_equal_runs, run_grid
 from transformers import masking_utils
 
+from tp2d_helpers.config import make_config
 from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.speed import documents, graphs, optimizations, reductions
 from tp2d_helpers.speed.optimizations import chosen_optimizations
@@ -27,7 +29,10 @@ SHAPE = (2, 64)
 class Replay:
     """Stands in for `torch.cuda.make_graphed_callables`."""
 
+    made = 0
+
     def __init__(self, passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ...]) -> None:
+        Replay.made += 1
         self.passes, self.sample = passes, sample
         self.output, self.gradients = torch.empty(()), [torch.empty_like(t) for t in sample if t.requires_grad]
 
@@ -131,6 +136,19 @@ def test_resumed_run(train: Train, tmp_path: Path) -> None:
     train("qwen2-tied", patch=_replay, num_epochs=1, **name)
     run = train("qwen2-tied", patch=_replay, num_epochs=2, **name)
     assert_equal_runs(run, train("qwen2-tied", num_epochs=2, debug_steps=5))
+
+
+def _replays_left(*_: Any) -> tuple[int, int]:
+    return Replay.made, sum(isinstance(found, Replay) for found in gc.get_objects())
+
+
+def test_graphs_end_before_the_process_groups(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Or NCCL, which has collectives in them, would wait for their end for ever."""
+    config = make_config(
+        model_name=str(tiny_model("qwen2-tied")), dataset_name="demo", use_gpu=False, tp_size=2, dp_size=1,
+        batch_size_per_gpu=2, seq_length=64, debug_steps=2, storage_path=str(tmp_path),
+    )  # fmt: skip
+    assert run_grid(config.model_dump(), after=_replays_left, patch=_replay) == [(1, 0), (1, 0)]
 
 
 def test_gradients_that_are_written_over_are_found(train: Train) -> None:

@@ -29,6 +29,7 @@ WAITS = 0.8
 OFF = 0.1  # of their norm, from which on a replay's gradients are wrong: rounding in bf16 makes a tenth of that
 
 _replayed = 0  # bytes that graphs use while they run, and that the allocator takes for free
+_models: list[tuple[torch.nn.Module, Callable]] = []  # that replay graphs, each with its forward pass as it was
 
 
 def host_bound(layer_parameters: float, tokens: int) -> bool:
@@ -79,7 +80,7 @@ def replay_passes(
             reduced over ranks must not depend on what came before (`reducers.restart`).
 
     Returns:
-        why it can't be done, the same on all ranks; "" if it is.
+        why it can't be done, the same on all ranks; "" if it is. Then `release` comes before the process groups end.
     """
     whole, device = model.forward, next(model.parameters()).device
     ids = torch.zeros(shape, dtype=torch.long, device=device)
@@ -101,10 +102,21 @@ def replay_passes(
         return CausalLMOutput(loss=replay(*tensors, *weights).clone())  # the next replay writes it again
 
     model.forward = forward
+    _models.append((model, whole))
     if keeps_gradients:
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             parameter.register_hook(functools.partial(_keep, parameter))
     return ""
+
+
+def release() -> None:
+    """Give the graphs back. A process group that one of them has a collective of waits for that before it ends."""
+    if not _models:
+        return
+    for model, whole in _models:
+        model.forward = whole
+    _models.clear()
+    _forget_graphs()
 
 
 def _captured(
@@ -232,7 +244,7 @@ def _compared(
 
 
 def _forget_graphs() -> None:
-    """Give back the memory of graphs that are not used."""
+    """Give back the memory of graphs that nothing refers to."""
     global _replayed
     _replayed = 0
     gc.collect()
