@@ -299,10 +299,7 @@ def assert_equal_runs(
         for name, tolerance in tolerances.items():
             same = now[name] == pytest.approx(then[name], rel=tolerance, abs=0)
             assert same, f"step {then['step']}: {name} {now[name]} != {then[name]}"
-    unlike = [name for name, same in run.replicated.items() if not same]
-    assert not unlike, f"replicated weights differ between TP ranks: {unlike}"
-    unlike = [name for name, same in run.copies.items() if not same]
-    assert not unlike, f"weights differ between DP ranks: {unlike}"
+    assert_alike_on_all_ranks(run)
     assert run.weights.keys() == reference.weights.keys()
     for name, then in reference.weights.items():
         error = (run.weights[name] - then).pow(2).mean().sqrt().item() / reference.config["learning_rate"]
@@ -310,6 +307,14 @@ def assert_equal_runs(
         assert error <= weight * (5 if name.endswith("k_proj.bias") else 1), (
             f"{name} is off by {error:.2g} learning rates"
         )
+
+
+def assert_alike_on_all_ranks(run: Run) -> None:
+    """Assert that what several ranks hold of a weight is the same in all of them, bit for bit."""
+    unlike = [name for name, same in run.replicated.items() if not same]
+    assert not unlike, f"replicated weights differ between TP ranks: {unlike}"
+    unlike = [name for name, same in run.copies.items() if not same]
+    assert not unlike, f"weights differ between DP ranks: {unlike}"
 
 
 def differences(run: Run, reference: Run) -> tuple[float, float, float]:

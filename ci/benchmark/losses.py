@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from jobs import Job
 
 LAST = 50  # steps whose mean loss is compared
+COLORS = {"bf16": "tab:blue", "fp16": "tab:orange", "fp8": "tab:red"}
 
 
 def job_of(run: dict[str, Any], precision: str, tp: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -43,21 +44,25 @@ def difference(losses: dict[str, list[float]], precision: str) -> dict[str, floa
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A panel per run: the losses, and their differences from bf16's."""
+    """Two panels per run: the losses, and their differences from bf16's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(2, len(report["runs"]), figsize=(5.5 * len(report["runs"]), 6), squeeze=False)
+    figure, panels = pyplot.subplots(2, len(report["runs"]), figsize=(5.5 * len(report["runs"]), 6), squeeze=False,
+                                    sharey="row")  # fmt: skip
     for run, (top, bottom) in zip(report["runs"], panels.T, strict=True):
         for precision, losses in run["losses"].items():
-            top.plot(range(1, len(losses) + 1), losses, label=precision, lw=1)
+            name, _, gpus = precision.partition(":")
+            name, color = name + f", tp {gpus}" * bool(gpus), COLORS.get(precision, "tab:gray")
+            top.plot(range(1, len(losses) + 1), losses, color, label=name, lw=1)
             if precision != "bf16":
                 off = [now - then for now, then in zip(losses, run["losses"]["bf16"], strict=True)]
-                bottom.plot(range(1, len(off) + 1), off, lw=0.8, label=f"{precision} less bf16")
+                bottom.plot(range(1, len(off) + 1), off, color, lw=0.8, label=f"{name} less bf16")
         layers = f", {run['layers']} layers" * bool(run["layers"])
-        top.set_title(f"{run['shape']}{layers}, {run['micro_batch']} × {run['seq']} tokens per step", fontsize=10)
+        title = f"{run['shape']}{layers}, {run['micro_batch']} × {run['seq']} tokens per step"
+        top.set_title(f"{title}\ntp {report['tp']}, {run['date']}", fontsize=10)
         top.set_ylabel("loss")
         bottom.set_ylabel("difference")
         bottom.axhline(0, color="black", lw=0.5)
@@ -66,6 +71,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
         bottom.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def now() -> str:
+    """The date and time."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def main() -> None:
@@ -85,19 +95,20 @@ def main() -> None:
     options.scratch = options.scratch.absolute()
     env = {"TP2D_CACHE": str(options.scratch / "cache"), "HF_DATASETS_CACHE": str(options.scratch / "datasets")}
     report: dict[str, Any] = dict(
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), steps=options.steps,
+        date=now(), steps=options.steps,
         tp=options.tp, learning_rate=options.learning_rate, compared=f"mean of the last {LAST} steps", runs=[],
     )  # fmt: skip
     for text in options.runs:
         shape, *numbers = text.split(":")
         run: dict[str, Any] = dict(zip(("layers", "micro_batch", "seq"), map(int, numbers), strict=True), shape=shape)
+        run["date"] = now()
         run["model"] = str(options.scratch / f"{shape}-{run['layers'] or 'all'}")
         inputs = dict(models={shape: run["model"]}, layers={shape: run["layers"]}, text=str(options.scratch / "text"))
         making = Job("inputs.py", inputs, 1, options.scratch / "jobs" / f"inputs-{shape}", env)
         if error := making.wait(240):
             raise SystemExit(f"the inputs could not be made: {error}")
         report |= making.found()
-        run |= dict(losses={}, grad_norms={}, step_ms={}, peak_gib={})
+        run |= dict(losses={}, grad_norms={}, last_loss={}, step_ms={}, peak_gib={})
         for precision in options.precisions:
             name, _, gpus = precision.partition(":")
             tp = int(gpus or options.tp)
@@ -113,6 +124,7 @@ def main() -> None:
                 scales, norms = found["loss_scales"], found["grad_norms"]
                 left_out = [step for step, norm in enumerate(norms, 1) if norm is None]
                 run["loss_scale"] = dict(first=scales[0], last=scales[-1], lowest=min(scales), left_out=left_out)
+            run["last_loss"][precision] = sum(found["losses"][-LAST:]) / LAST
             run["step_ms"][precision] = sorted(found["step_ms"])[len(found["step_ms"]) // 2]
             run["peak_gib"][precision] = found["peak_gib"]
         run["difference"] = {name: difference(run["losses"], name) for name in options.precisions[1:]}

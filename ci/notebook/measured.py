@@ -56,7 +56,7 @@ def value_of(results: dict[str, Any], selector: str) -> float:
         ValueError: if there is no such number.
     """
     words, colon, keys = selector.rpartition(":")
-    place = entry_of(results["candidates"], words) if colon else results
+    place = entry_of(results.get("candidates", []), words) if colon else results
     try:
         value = reduce(lambda inner, key: inner[key], keys.strip().split("."), place)
     except (KeyError, TypeError):

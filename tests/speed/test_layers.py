@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.speed import reducers
-from tp2d_helpers.speed.layers import ColumnMatmuls
+from tp2d_helpers.speed.layers import ColumnMatmuls, compile_layers
 
 
 class Alone:
@@ -45,3 +49,18 @@ def test_biases_of_some_of_the_layers(
         results.append([*outputs, *torch.autograd.grad(loss, inputs)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_every_rank_gets_the_same_kernels(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+    """The compiler is told not to choose by what it times. `test_two_gpus.py` sees what comes of that."""
+    compiled: list[Any] = []
+
+    def compile_fx(graph: torch.fx.GraphModule, inputs: Any, config_patches: dict | None = None, **_: Any) -> Any:
+        compiled.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, ids = load_model(str(tiny_model("llama")), torch.float32), torch.ones(1, 8, dtype=torch.long)
+    compile_layers(model)
+    model(ids, use_cache=False)
+    assert compiled and all(options["deterministic"] is True for options in compiled)

@@ -14,7 +14,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from tp2d_helpers.model.mpu import ModelParallelUnit
 
 SUMS = 64  # of a weight: enough that differences of both signs don't cancel
-SHARE = 0.1  # of how far a weight has moved; on CPUs and on 2 H100, compiled or not, the ranks are equal bit for bit
+SHARE = 0.1  # of how far a weight has moved; on CPUs and on 2 H200, compiled or not, the ranks are equal bit for bit
 ROUNDING = 1e-9  # of a weight's size
 
 

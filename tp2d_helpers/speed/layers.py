@@ -174,13 +174,18 @@ def layer_parameters(model: torch.nn.Module) -> int:
 
 
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
-    """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one."""
+    """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one.
+
+    Every rank gets the same kernels. Left to itself, the compiler times some of them and takes the fastest, another one
+    on each rank; they add in another order, and weights that all ranks of a TP group hold drift apart.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
     # Norms' outputs and the MLP's product are made again from what is kept anyway, even where a matmul reads them: a
     # seventh of a 7B model's memory, for 1 % of its time at the same micro-batch (ci/benchmark/README.md).
     functorch_config.ban_recompute_materialized_backward = False
+    options = {"deterministic": True} if backend == "inductor" else None
     for layer in decoder_layers(model):
-        layer.compile(backend=backend, dynamic=False)
+        layer.compile(backend=backend, dynamic=False, options=options)
 
 
 # What "selective" checkpointing keeps: the results of matmuls, attention and communication. The element-wise
