@@ -110,7 +110,7 @@ def worker(config: dict[str, Any]) -> Iterator[Worker]:
     """What surrounds the loop on a worker.
 
     A log file of its own, the grid that the workers there are can form, a watchdog, the run's folder held against
-    other writers, words for what runs out of memory, and CUDA graphs given back at the end.
+    other writers, words for what runs out of memory, and CUDA graphs freed at the end.
     """
     context, folder = ray.train.get_context(), Path(config["storage_path"], config["experiment_name"])
     rank, world_size = context.get_world_rank(), context.get_world_size()

@@ -143,7 +143,7 @@ def _replays_left(*_: Any) -> tuple[int, int]:
 
 
 def test_graphs_end_before_the_process_groups(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Or NCCL, which has collectives in them, would wait for their end for ever."""
+    """Else NCCL, whose collectives they hold, would wait for ever to destroy its communicators."""
     config = make_config(
         model_name=str(tiny_model("qwen2-tied")), dataset_name="demo", use_gpu=False, tp_size=2, dp_size=1,
         batch_size_per_gpu=2, seq_length=64, debug_steps=2, storage_path=str(tmp_path),

@@ -80,7 +80,7 @@ def replay_passes(
             reduced over ranks must not depend on what came before (`reducers.restart`).
 
     Returns:
-        why it can't be done, the same on all ranks; "" if it is. Then `release` comes before the process groups end.
+        why it can't be done, the same on all ranks; "" if it is. Then call `release` before process groups end.
     """
     whole, device = model.forward, next(model.parameters()).device
     ids = torch.zeros(shape, dtype=torch.long, device=device)
@@ -110,7 +110,7 @@ def replay_passes(
 
 
 def release() -> None:
-    """Give the graphs back. A process group that one of them has a collective of waits for that before it ends."""
+    """Free the graphs: NCCL waits to destroy a communicator until no graph holds one of its collectives."""
     if not _models:
         return
     for model, whole in _models:

@@ -176,8 +176,8 @@ def layer_parameters(model: torch.nn.Module) -> int:
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer by itself: the layers are alike, so the compiler's work is that of one.
 
-    Every rank gets the same kernels. Left to itself, the compiler times some of them and takes the fastest, another one
-    on each rank; they add in another order, and weights that all ranks of a TP group hold drift apart.
+    Every rank gets the same kernels. Left to itself, the compiler times several and keeps the fastest, not the same one
+    on each rank; they add in different orders, and the replicated weights of a TP group drift apart.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
     # Norms' outputs and the MLP's product are made again from what is kept anyway, even where a matmul reads them: a
