@@ -1,10 +1,9 @@
 """The decoder's matmuls in fp8: e4m3 for activations, weights and gradients, each tensor with one scale.
 
-e5m2, of one bit less, was three times as far from bf16's losses (ci/benchmark/README.md). A scale is the largest
-magnitude of the tensor at hand (Micikevicius et al. 2022, FP8 formats for deep learning), so no state is kept and a
-step is a function of its inputs. In a compiled layer the casts are part of what is computed before them. A weight is
-cast once per optimizer step, in both layouts that its matmuls read; masters, sums over GPUs, head, router and embedding
-stay as they are.
+e5m2, of one bit less, would round gradients twice as coarsely. A scale is the largest magnitude of the tensor at hand
+(Micikevicius et al. 2022, FP8 formats for deep learning), so no state is kept and a step is a function of its inputs.
+In a compiled layer the casts are part of what is computed before them. A weight is cast once per optimizer step, in
+both layouts that its matmuls read; masters, sums over GPUs, head, router and embedding stay as they are.
 """
 
 from __future__ import annotations
