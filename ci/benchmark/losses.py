@@ -9,7 +9,6 @@ may name another number of GPUs, as `bf16:1`: how far apart are runs that differ
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
@@ -18,16 +17,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jobs import Job
+from results import now
 
 LAST = 50  # steps whose mean loss is compared
 COLORS = {"bf16": "tab:blue", "fp16": "tab:orange", "fp8": "tab:red"}
 
 
-def job_of(run: dict[str, Any], precision: str, tp: int, options: argparse.Namespace) -> dict[str, Any]:
+def job_of(run: dict[str, Any], precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """A job for `candidate.py`."""
+    precision, _, gpus = precision.partition(":")
     return dict(
-        name="losses", kind="ours", tp=tp, dp=1, zero=1, seq=run["seq"], optimizations="auto", sync="last",
-        precision=precision, gradients="fp32", lora_rank=0, activation_checkpointing="none", packing="plain",
+        name="losses", kind="ours", tp=int(gpus or options.tp), dp=1, zero=1, seq=run["seq"],
+        optimizations="auto", sync="last", precision=precision, gradients="fp32", lora_rank=0,
+        activation_checkpointing="none", packing="plain",
         shape=run["shape"], steps=options.steps, warmup=0, profile=False, micro_batch=run["micro_batch"],
         accumulation=1, learning_rate=options.learning_rate, model=run["model"],
         text=str(options.scratch / "text" / "train.jsonl"),
@@ -73,11 +75,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def now() -> str:
-    """The date and time."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
 def main() -> None:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,10 +107,9 @@ def main() -> None:
         report |= making.found()
         run |= dict(losses={}, grad_norms={}, last_loss={}, step_ms={}, peak_gib={})
         for precision in options.precisions:
-            name, _, gpus = precision.partition(":")
-            tp = int(gpus or options.tp)
-            folder = options.scratch / "jobs" / f"{shape}-{name}-{tp}"
-            job = Job("candidate.py", job_of(run, name, tp, options), tp, folder, env)
+            settings = job_of(run, precision, options)
+            folder = options.scratch / "jobs" / f"{shape}-{settings['precision']}-{settings['tp']}"
+            job = Job("candidate.py", settings, settings["tp"], folder, env)
             job.release()
             if error := job.wait(options.time_limit):
                 raise SystemExit(f"{text} in {precision}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import statistics
 from typing import Any
 
@@ -12,6 +13,11 @@ FORMULA = (
     "head included, the embedding not; L layers, h hidden size, s sequence length. With LoRA, 4·N + 6·A in place of "
     "6·N; A: parameters of the adapters"
 )
+
+
+def now() -> str:
+    """The date and time of a report, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def summary(settings: dict[str, Any], found: dict[str, Any], error: str | None) -> dict[str, Any]:

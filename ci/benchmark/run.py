@@ -11,7 +11,6 @@ off leaves what it measured. One that fails is recorded with its error, and the 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import signal
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from jobs import Job
 from lineup import ALSO, DEFAULT, SMALL, jobs, scaled
-from results import FORMULA, best, row, summary, table
+from results import FORMULA, best, now, row, summary, table
 
 # torchtitan/distributed/utils.py, maybe_enable_amp: "Mixed precision training with TP or PP is only supported when
 # FSDP/HSDP/CP is enabled", which it is from two FSDP ranks on. 0.3.0 wants a nightly PyTorch and an older `datasets`.
@@ -81,7 +80,7 @@ class Benchmark:
         self.options, self.end = options, time.monotonic() + options.time_limit
         self.scratch = options.scratch.absolute()
         self.report: dict[str, Any] = dict(
-            date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            date=now(),
             shape=options.shape, layers=options.layers or "all", seq=options.seq, gpus=options.gpus,
             global_batch=options.global_batch, formula=FORMULA, peak_flops=None, candidates=[],
         )  # fmt: skip
