@@ -279,18 +279,6 @@ def torch_dynamic_sizes() -> None:
     assert len(graphs) == 1
 
 
-@interface("torch_attn::_varlen_attn")
-def torch_varlen() -> None:
-    """The operator that the public function calls; checkpoints know it by this name."""
-    from torch.nn.attention import varlen
-
-    from tp2d_helpers.speed.layers import KEPT
-
-    takes(varlen.varlen_attn, "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
-    assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters)
-    assert torch.ops.torch_attn._varlen_attn.default.overloadpacket.__name__ in KEPT
-
-
 @interface("masking_utils")
 def transformers_masks() -> None:
     from transformers import masking_utils

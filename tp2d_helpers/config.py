@@ -78,7 +78,7 @@ class Config(BaseModel):
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = "auto"
     master_weights: Literal["fp32", "bf16"] = "fp32"
     gradient_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    activation_checkpointing: Literal["none", "full", "auto"] = "none"
     optimizations: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     # LoRA: adapters are trained, and the model's own weights stay as they are.
@@ -117,6 +117,16 @@ class Config(BaseModel):
         if bool in kinds and isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
         return value
+
+    @field_validator("zero_stage")
+    @classmethod
+    def _shards_something(cls, stage: int) -> int:
+        if not stage:
+            raise ValueError(
+                "stage 0 clips bf16 and fp16 at tp_size > 1 by a part of the gradient norm; take 1, which computes "
+                "the same, and shards the optimizer over the dp_size replicas"
+            )
+        return stage
 
     @field_validator("warmup_steps")
     @classmethod

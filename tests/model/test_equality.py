@@ -75,9 +75,9 @@ def test_padding(train: Train, lines: str, tp_size: int, dp_size: int) -> None:
     assert_equal_runs(run, reference)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_activation_checkpointing(train: Train, mode: str) -> None:
-    run = train("qwen2-tied", tp_size=2, dp_size=2, activation_checkpointing=mode)
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_activation_checkpointing(train: Train, zero_stage: int) -> None:
+    run = train("qwen2-tied", tp_size=2, dp_size=2, zero_stage=zero_stage, activation_checkpointing="full")
     assert_equal_runs(run, train("qwen2-tied"))
 
 
@@ -93,21 +93,12 @@ def test_optimizations(train: Train, model: str, optimizations: str) -> None:
 @pytest.mark.skipif(not optimizations.compilers(on_gpu=False), reason="torch.compile needs a C++ compiler on CPUs")
 @pytest.mark.parametrize("settings", [
     dict(model="qwen3"),
-    pytest.param(dict(model="llama", activation_checkpointing="selective"), marks=pytest.mark.slow),
     pytest.param(dict(model="qwen2-tied", activation_checkpointing="full", zero_stage=2), marks=pytest.mark.slow),
 ], ids=lambda settings: " ".join(map(str, settings.values())))  # fmt: skip
 def test_compiled(train: Train, settings: dict[str, Any]) -> None:
     compiled = "compile,block_all_reduce,fused_loss,fused_step"
     run = train(**settings, tp_size=2, dp_size=2, optimizations=compiled)
     assert_equal_runs(run, train(settings["model"]))
-
-
-@pytest.mark.parametrize("tp_size, dp_size", [(2, 1), (2, 2)])
-def test_zero_stage_0(train: Train, tp_size: int, dp_size: int) -> None:
-    """Without ZeRO DeepSpeed reports no gradient norm, but clips by the right one: the losses agree."""
-    run = train("qwen2-tied", zero_stage=0, tp_size=tp_size, dp_size=dp_size)
-    assert {record["grad_norm"] for record in run.records} == {None}
-    assert_equal_runs(run, train("qwen2-tied"))
 
 
 def test_epochs(train: Train) -> None:

@@ -24,7 +24,7 @@ USUAL = ["gpt2", "olmo2", "phi3", "qwen3_moe", "smollm3"]
 LIFE = [  # an epoch of 3 steps at each; at 8 × 1 two ranks share a key-value head
     dict(tp_size=2, dp_size=2, zero_stage=1),
     dict(tp_size=4, dp_size=1, zero_stage=3, activation_checkpointing="full"),
-    dict(tp_size=1, dp_size=2, zero_stage=2, activation_checkpointing="selective"),
+    dict(tp_size=1, dp_size=2, zero_stage=2, activation_checkpointing="full"),
     dict(tp_size=2, dp_size=1, zero_stage=1, optimizations="none"),
 ]
 LAST = {"smollm3": dict(tp_size=8, dp_size=1)}

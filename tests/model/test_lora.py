@@ -48,10 +48,8 @@ GRIDS = [
     dict(dp_size=2, zero_stage=2),
     dict(tp_size=2, dp_size=2, gradient_accumulation_steps=2),
     dict(tp_size=2, dp_size=2, zero_stage=3),
-    dict(tp_size=2, zero_stage=0),
     dict(tp_size=2, optimizations="none"),
     dict(tp_size=2, activation_checkpointing="full", optimizations="block_all_reduce"),
-    dict(tp_size=2, activation_checkpointing="selective"),
     dict(tp_size=2, packing=False),
 ]
 

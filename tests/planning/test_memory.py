@@ -50,8 +50,7 @@ def test_shard_of_a_model() -> None:
 @pytest.mark.parametrize("settings, kept", [
     ({}, 8 * 8 + 2 * 8 + 2 * 4 + 4 * 16),
     (dict(optimizations=ON_GPU), 2 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
-    (dict(activation_checkpointing="selective"), 3 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
-    (dict(activation_checkpointing="selective", tp_size=2), 5 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
+    (dict(activation_checkpointing="full", tp_size=2), 8 - 4 / 2),  # no log-sums
 ])  # fmt: skip
 def test_activations_by_hand(settings: dict[str, Any], kept: int) -> None:
     """6 tokens, 2 layers: 2 bytes for each element, and 4 for each head's log-sum."""
@@ -180,9 +179,9 @@ def test_what_checkpointing_saves(names: frozenset[str]) -> None:
     setting = dict(tp_size=2, batch_size_per_gpu=8, seq_length=4096, optimizations=names)
     totals = [
         memory_per_gpu(shard("llama-3-8b", 2), Setting(**setting, activation_checkpointing=mode)).total
-        for mode in ("none", "selective", "full")
+        for mode in ("none", "full")
     ]
-    assert totals == sorted(totals, reverse=True) and totals[0] > 1.5 * totals[2]
+    assert totals[0] > 1.5 * totals[1]
 
 
 def test_setting_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

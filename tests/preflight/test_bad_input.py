@@ -543,8 +543,6 @@ def test_bf16_masters_of_another_precision(refused: Callable[..., None], precisi
 
 @pytest.mark.parametrize("settings, words", [
     (dict(gradient_dtype="bf16"), ("gradient_dtype = 'bf16'", "computes in fp32", "'auto'")),
-    (dict(gradient_dtype="fp32", zero_stage=0, precision="bf16"),
-     ("zero_stage = 0", "summed in bf16", "another zero_stage")),
     (dict(gradient_dtype="fp32", master_weights="bf16", precision="bf16"),
      ("master_weights = 'bf16'", "summed in bf16", "another master_weights")),
 ])  # fmt: skip
@@ -758,8 +756,6 @@ def test_shares_of_a_core_fit_and_come_back(cluster: dict[str, float]) -> None:
      ("bf16 in hardware", "fp8 matmuls in bf16, fp32 master weights, fp32 gradient sums, NCCL")),
     (dict(use_gpu=True), OLD_GPUS,
      ("no bf16 in hardware", "fp16 with loss scaling, fp32 master weights, fp32 gradient sums, NCCL")),
-    (dict(use_gpu=True, zero_stage=0), OLD_GPUS,
-     ("no bf16 in hardware", "fp16 with loss scaling, fp32 master weights, fp16 gradient sums, NCCL")),
     (dict(use_gpu=True, precision="fp32"), GPUS,
      ("bf16 in hardware", "fp32, fp32 master weights, fp32 gradient sums, NCCL")),
     (dict(use_gpu=False), GPUS, ("CPU", "fp32, fp32 master weights, fp32 gradient sums, gloo")),

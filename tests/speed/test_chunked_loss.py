@@ -51,7 +51,7 @@ def in_whole(names: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("model, grid", [
-    ("qwen2-tied", dict(tp_size=2)), ("qwen2-tied", dict(tp_size=2, dp_size=2, zero_stage=0)),
+    ("qwen2-tied", dict(tp_size=2)), ("qwen2-tied", dict(tp_size=2, dp_size=2)),
     ("llama", dict(tp_size=4, zero_stage=2)), ("llama", dict(dp_size=2)),
 ], ids=str)  # fmt: skip
 def test_equals_whole_logits(train: Train, model: str, grid: dict[str, Any]) -> None:

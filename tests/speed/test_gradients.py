@@ -80,7 +80,7 @@ def test_sums_in_bf16_lose_the_last_micro_batches(error: Callable[..., float]) -
 
 
 @pytest.mark.parametrize("settings, expected", [
-    (dict(), torch.float32), (dict(master_weights="bf16"), torch.bfloat16), (dict(zero_stage=0), torch.bfloat16),
+    (dict(), torch.float32), (dict(master_weights="bf16"), torch.bfloat16),
     (dict(gradient_dtype="bf16"), torch.bfloat16), (dict(gradient_dtype="fp32", zero_stage=3), torch.float32),
 ])  # fmt: skip
 def test_dtype_of_the_sums(settings: dict[str, Any], expected: torch.dtype) -> None:

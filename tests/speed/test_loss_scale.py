@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from grid import Run
 
+from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.speed.loss_scale import LossScale
 
 
@@ -41,11 +43,48 @@ def test_follows_the_rules_of_deepspeed(hysteresis: int, consecutive: bool, monk
     assert (again.value, again.hysteresis, again.calm) == (ours.value, ours.hysteresis, ours.calm)
 
 
-def _high_scale(names: dict[str, Any]) -> None:
+def _scale_of(names: dict[str, Any], fp16: dict[str, int]) -> None:
     from tp2d_helpers.model import engine
 
-    make, fp16 = engine.deepspeed_config, {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 4}
-    engine.deepspeed_config = lambda *args: make(*args) | {"fp16": fp16}
+    make = engine.deepspeed_config
+    engine.deepspeed_config = lambda *args: make(*args) | {"fp16": {"enabled": True, **fp16}}
+
+
+def _high_scale(names: dict[str, Any]) -> None:
+    _scale_of(names, {"initial_scale_power": 24, "loss_scale_window": 4})
+
+
+def _doubling(names: dict[str, Any]) -> None:
+    """From 2¹⁰ on, every second step."""
+    _scale_of(names, {"initial_scale_power": 10, "loss_scale_window": 2})
+
+
+def _constant(names: dict[str, Any]) -> None:
+    _scale_of(names, {"initial_scale_power": 10, "loss_scale_window": 1000})
+
+
+@pytest.mark.parametrize("zero_stage, optimizations, max_grad_norm", [
+    (1, "none", 0.0), (3, "auto", 0.0), (2, "auto", 0.5),
+])  # fmt: skip
+def test_a_step_that_doubles_the_scale(
+    train: Callable[..., Run], tiny_model: Callable[[str], Path], zero_stage: int, optimizations: str,
+    max_grad_norm: float,
+) -> None:  # fmt: skip
+    """It takes the gradients as they are: a power of two changes nothing but what is too small for fp16.
+
+    AdamW's steps are as long as the gradients are large here, for an epsilon above them.
+    """
+    settings = dict(precision="fp16", zero_stage=zero_stage, dp_size=2, optimizations=optimizations, debug_steps=8,
+                    warmup_steps=0, weight_decay=0.0, adam_epsilon=0.5, learning_rate=0.1,
+                    max_grad_norm=max_grad_norm)  # fmt: skip
+    run, same = (train("mistral", patch=patch, **settings) for patch in (_doubling, _constant))
+    assert run.records[-1]["loss_scale"] >= 2**12 and same.records[-1]["loss_scale"] == 2**10
+    norms = [[record["grad_norm"] for record in each.records] for each in (run, same)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    start = load_model(str(tiny_model("mistral")), torch.float32)
+    for name, weight in same.weights.items():
+        moved = (weight - start.get_parameter(name).detach()).norm()
+        assert (run.weights[name] - weight).norm() < 0.03 * moved, name
 
 
 @pytest.mark.parametrize("grid", [dict(dp_size=2), dict(tp_size=2, zero_stage=2, gradient_accumulation_steps=2)])

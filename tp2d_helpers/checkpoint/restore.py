@@ -53,13 +53,8 @@ def without_padding(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def settle_on_new_grid(engine: deepspeed.DeepSpeedEngine, step: int, seed: int, scaler: dict[str, Any] | None) -> None:
-    """Begin new random states; add what a universal checkpoint leaves out: the place of AdamW's steps, the loss scale.
-
-    Stage 0 loads its own form, which has these two.
-    """
+    """Begin new random states; add what a universal checkpoint leaves out: where AdamW's steps are, the loss scale."""
     transformers.set_seed((seed + 1 + engine.random_stream + 1_000_003 * step) % 2**32)
-    if not engine.zero_optimization():
-        return
     for parameter, values in engine.optimizer.optimizer.state.items():
         # The fused kernel wants it there. A copy: at stage 3 all groups have one tensor, which each would count up.
         values["step"] = values["step"].to(parameter.device, copy=True)

@@ -77,8 +77,7 @@ def save_checkpoint(
     writer.disk.wait()
     folder = _new_folder(Path(run_dir), step)
     writer.begin(folder, copy=background)
-    # Universal checkpoints lack it; stage 0 has none, and keeps its scale with the optimizer's states.
-    scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
+    scaler = engine.optimizer.loss_scaler if engine.fp16_enabled() else None  # universal checkpoints lack it
     state = {**dataclasses.asdict(progress), "loss_scaler": scaler and vars(scaler)}
     tag = f"step_{step:08d}"
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, exclude_frozen_parameters=True)
@@ -118,9 +117,8 @@ def load_checkpoint(
 ) -> Progress:
     """Load the run's newest complete checkpoint into the engine; say where the run goes on. Collective.
 
-    A checkpoint of another grid is converted first, once, by rank 0; one of ZeRO stage 0, which knows no dp_size, loads
-    as it is. What the optimizer was set to stays: the learning rate, weight decay, betas, clipping. For the schedule of
-    the learning rate see `schedule_learning_rate`.
+    A checkpoint of another grid is converted first, once, by rank 0. What the optimizer was set to stays: the learning
+    rate, weight decay, betas, clipping. For the schedule of the learning rate see `schedule_learning_rate`.
 
     Args:
         seed: of the run; on another grid than before, dropout starts anew from it and the step.
@@ -188,10 +186,9 @@ def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> 
             f"precision: {folder} was trained in {manifest['precision']}, and this run computes in {now}; set "
             f"precision to {manifest['precision']!r}, or take another experiment_name"
         )
-    differing = [name for name, value in _grid(engine).items() if manifest[name] != value]
-    convert = differing and (differing != ["dp_size"] or engine.zero_optimization())
-    tag = universal_checkpoint(folder) if convert else f"step_{manifest['step']:08d}"
-    return folder, tag, bool(differing)
+    moved = any(manifest[name] != value for name, value in _grid(engine).items())
+    tag = universal_checkpoint(folder) if moved else f"step_{manifest['step']:08d}"
+    return folder, tag, moved
 
 
 def _on_rank_0(function: Any) -> Any:

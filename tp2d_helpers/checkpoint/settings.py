@@ -16,8 +16,7 @@ from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, 
 from tp2d_helpers.config import Config, ConfigError, make_config
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
-# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays; at
-# stage 0, dp_size and the micro-batch alone.
+# grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
 IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
             "packing", "seq_length", "seed", "eval_samples", "eval_dataset_name", "precision",
             "master_weights", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
@@ -88,14 +87,12 @@ def continue_run(config: Config) -> Config:
         )
     if not (newest and found):
         return config
-    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
-    stages = {then.zero_stage, config.zero_stage}
-    if 0 in stages and (len(stages) > 1 or then.tp_size != config.tp_size):
+    if found.get("zero_stage") == 0:
         raise ConfigError(
-            f"zero_stage = {config.zero_stage}, tp_size = {config.tp_size}: the run was made with zero_stage "
-            f"{then.zero_stage}, tp_size {then.tp_size}; to and from stage 0 both must stay (dp_size may change), as "
-            "DeepSpeed can't convert its checkpoints"
+            f"experiment_name = {config.experiment_name!r}: the run was made with zero_stage 0, whose checkpoints "
+            "DeepSpeed loads nowhere else. Export it, and begin a run with the export as model_name"
         )
+    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
     samples = then.samples_per_step
     if config.global_batch_size not in (0, samples):
         raise ConfigError(

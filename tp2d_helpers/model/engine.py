@@ -53,7 +53,7 @@ def _common_dtype() -> torch.dtype:
 
 def gradient_dtype(config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
     """What gradients are summed in, over micro-batches and replicas, in a run that computes in `dtype`."""
-    settings = config.get("gradient_dtype", "auto"), config.get("master_weights", "fp32"), config.get("zero_stage", 1)
+    settings = config.get("gradient_dtype", "auto"), config.get("master_weights", "fp32")
     return torch.float32 if in_fp32(*settings) else dtype
 
 

@@ -27,7 +27,7 @@ class WholeWeights:
         Raises:
             RuntimeError: if they differ already.
         """
-        self.mpu, self.partitioned = mpu, engine.zero_optimization_stage() > 0
+        self.mpu = mpu
         # How many ranks of a TP group hold a weight: consecutive ones.
         self.copies = {n: _copies(p, mpu.tp_size) for n, p in engine.module.named_parameters() if p.requires_grad}
         self.weights = {n: engine.module.get_parameter(n) for n, copies in self.copies.items() if copies > 1}
@@ -65,8 +65,7 @@ class WholeWeights:
         if not self.weights:
             return None
         sums = torch.stack([_interleaved(*_held(weight)) for weight in self.weights.values()])
-        if self.partitioned:
-            dist.all_reduce(sums, group=self.mpu.dp_group)
+        dist.all_reduce(sums, group=self.mpu.dp_group)
         return sums
 
 

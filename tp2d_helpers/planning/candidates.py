@@ -21,7 +21,7 @@ from tp2d_helpers.speed.devices import Device
 from tp2d_helpers.speed.optimizations import STAGE_3_CANNOT
 
 GIB = 2**30
-MODES = ("none", "selective", "full")  # of activation checkpointing, from fastest to smallest
+MODES = ("none", "full")  # of activation checkpointing, from fastest to smallest
 # Of the GPU's memory, the share that tensors may take. The CUDA context, NCCL's buffers and the gaps between tensors
 # need some 5 %, and the estimate may be 10 % off.
 SAFE = 0.9

@@ -24,20 +24,17 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 # (hidden, query, key_value, mlp_in, mlp_out, gathered, normed heads) width per token: see `Shard`. `hidden` and
 # `gathered` are whole on each rank of a TP group, the others are divided by tp_size: Korthikanti et al. 2022, section
 # 4, without its sequence parallelism.
-#   eager      of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
-#              attention's output; gate, silu(gate), up, their elementwise product
-#   compiled   the layer's input, the attention block's output; q, k, v; the attention's output; gate, up. The norms'
-#              outputs and the MLP's product, which matmuls of the backward pass read, are made again
-#   selective  the layer's input; results of the matrix products and of attention. With TP, `SUMS` more: the sums over
-#              the group, beside the parts
-#   full       the layer's input
-#   fp8        compiled, and what is an input of a matmul, in a byte
+#   eager     of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
+#             attention's output; gate, silu(gate), up, their elementwise product
+#   compiled  the layer's input, the attention block's output; q, k, v; the attention's output; gate, up. The norms'
+#             outputs and the MLP's product, which matmuls of the backward pass read, are made again
+#   full      the layer's input
+#   fp8       compiled, and what is an input of a matmul, in a byte
 # tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
 ACTIVATIONS = {
-    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (2, 2, 2, 1, 0, 1, 1), "selective": (3, 2, 2, 1, 0, 0, 0),
-    "full": (1, 0, 0, 0, 0, 0, 0), "fp8": (3, 1.5, 2, 1, 0, 1, 1),
+    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (2, 2, 2, 1, 0, 1, 1), "full": (1, 0, 0, 0, 0, 0, 0),
+    "fp8": (3, 1.5, 2, 1, 0, 1, 1),
 }  # fmt: skip
-SUMS = 2
 BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
 
 # Bytes per logit of this rank at the loss, besides the `width` of the logit itself: fp32 logits, their exponentials or
@@ -65,7 +62,7 @@ class Setting:
     batch_size_per_gpu: int = 1
     gradient_accumulation_steps: int = 1
     seq_length: int = 512
-    activation_checkpointing: str = "none"  # or selective, full
+    activation_checkpointing: str = "none"  # or full
     master_weights: str = "fp32"
     gradient_dtype: str = "auto"
     lora_rank: int = 0  # with adapters beside all matrices of a layer: of fewer, it is a bound
@@ -86,13 +83,12 @@ class Setting:
     @property
     def gradient_width(self) -> int:
         """Bytes of a gradient's sum over micro-batches and replicas."""
-        return 4 if in_fp32(self.gradient_dtype, self.master_weights, self.zero_stage) else self.width
+        return 4 if in_fp32(self.gradient_dtype, self.master_weights) else self.width
 
     @property
     def sums(self) -> bool:
-        """Whether gradients are summed where they aren't made: over micro-batches or, but at stage 0, replicas."""
-        replicas = self.zero_stage > 0 and self.dp_size > 1
-        return self.zero_stage == 3 or self.gradient_accumulation_steps > 1 or replicas
+        """Whether gradients are summed where they aren't made: over micro-batches or replicas."""
+        return self.zero_stage == 3 or self.gradient_accumulation_steps > 1 or self.dp_size > 1
 
     @property
     def one_pass_step(self) -> bool:
@@ -194,8 +190,6 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     uncut = ACTIVATIONS[how if "compile" in setting.optimizations else "eager"]
     mode = setting.activation_checkpointing
     kept = uncut if mode == "none" else ACTIVATIONS[mode]
-    if mode == "selective" and setting.tp_size > 1:
-        kept = (kept[0] + SUMS, *kept[1:])
     again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
     heads, mlp = (shard.query, shard.key_value), (shard.mlp_in, shard.mlp_out)
     widths = (shard.hidden, *heads, *mlp, shard.gathered, shard.normed_heads * sum(heads))
@@ -238,7 +232,7 @@ def _step_copies(shard: Shard, setting: Setting) -> float:
     """Gradients as the optimizer takes them: flat, and in fp32. The one-pass step takes them as they are."""
     if setting.zero_stage == 3:
         return 4 * min(setting.trained(shard) / setting.dp_size, STAGE_3_GROUP)
-    partition = setting.trained(shard) / (setting.dp_size if setting.zero_stage else 1)
+    partition = setting.trained(shard) / setting.dp_size
     if setting.master_weights == "bf16":
         return setting.width * partition
     if setting.one_pass_step:

@@ -42,34 +42,32 @@ def zero_bytes(
 ) -> float:
     """Bytes that ZeRO sends through each rank for one optimizer step, whatever the number of tokens.
 
-    Stage 0 all-reduces the gradients once per step, as wide as they are made. Stages 1 and 2 reduce each to the replica
-    that steps its weight, which sends half as much, once per step and once per micro-batch, and gather the new weights
-    once per step. Stage 3 reduce-scatters the gradients of each micro-batch and gathers the weights twice for it, for
-    the forward and for the backward pass. That is a bound: what is needed again within 10⁹ parameters
-    (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
+    Stages 1 and 2 reduce each gradient to the replica that steps its weight, once per step and once per micro-batch,
+    and gather the new weights once per step. Stage 3 reduce-scatters the gradients of each micro-batch and gathers the
+    weights twice for it, for the forward and for the backward pass. That is a bound: what is needed again within 10⁹
+    parameters (`stage3_max_reuse_distance`) stays gathered, so a model of less than half as many is gathered once.
 
     Args:
         parameters: of this rank's TP shard (`Shard.parameters`).
         width, gradient_width: bytes of a weight and of a gradient's sum.
     """
-    reductions, gathers = {0: (2, 0), 1: (1, 1), 2: (accumulation, 1), 3: (accumulation, 2 * accumulation)}[stage]
-    summed = gradient_width if stage else width
-    return (dp_size - 1) / dp_size * parameters * (summed * reductions + width * gathers)
+    reductions, gathers = {1: (1, 1), 2: (accumulation, 1), 3: (accumulation, 2 * accumulation)}[stage]
+    return (dp_size - 1) / dp_size * parameters * (gradient_width * reductions + width * gathers)
 
 
 def state_bytes(parameters: int, dp_size: int, stage: int, width: int = 2, gradient_width: int = 4) -> dict[str, float]:
     """Bytes per GPU that don't depend on the batch: weights, gradients, and Adam's fp32 masters and two moments.
 
     ZeRO divides by dp_size the optimizer's part from stage 1, the gradients from stage 2, the weights at stage 3
-    (Rajbhandari et al. 2020, ZeRO, section 3, where gradients are summed in 2 bytes).
+    (Rajbhandari et al. 2020, ZeRO, section 3, where gradients are summed in 2 bytes). Stage 0, plain data parallelism,
+    is here to compare with.
 
     Args:
         parameters: of this rank's TP shard (`Shard.parameters`).
-        width, gradient_width: bytes of a weight and of a gradient's sum, which at stage 0 is as wide as a weight.
+        width, gradient_width: bytes of a weight and of a gradient's sum.
     """
-    summed = gradient_width if stage else width
     return {
         "weights": width * parameters / (dp_size if stage >= 3 else 1),
-        "gradients": summed * parameters / (dp_size if stage >= 2 else 1),
+        "gradients": gradient_width * parameters / (dp_size if stage >= 2 else 1),
         "masters and moments": 12 * parameters / (dp_size if stage >= 1 else 1),
     }

@@ -187,11 +187,10 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
             f"gradient_dtype = 'bf16': this run computes in {precision} (precision = {config.precision!r}); "
             "take 'auto', or precision 'bf16'"
         )
-    if config.gradient_dtype == "fp32" != precision and (config.zero_stage == 0 or config.master_weights == "bf16"):
-        low = "zero_stage = 0" if config.zero_stage == 0 else "master_weights = 'bf16'"
+    if config.gradient_dtype == "fp32" != precision and config.master_weights == "bf16":
         raise ConfigError(
-            f"gradient_dtype = 'fp32': with {low} gradients are summed in {precision}; "
-            f"take 'auto', or another {low.split()[0]}"
+            f"gradient_dtype = 'fp32': with master_weights = 'bf16' gradients are summed in {precision}; "
+            "take 'auto', or another master_weights"
         )
     if precision == "fp16" and not (config.use_gpu or CPU_Accelerator().is_fp16_supported()):
         raise ConfigError("precision = 'fp16': this CPU lacks instructions for it (AVX512-FP16); take 'fp32' or 'bf16'")
@@ -199,7 +198,7 @@ def check_precision(config: Config, resources: dict[str, float]) -> tuple[str, s
         check_fp8(config, resources)
     found = "CPU" if not config.use_gpu else f"{'no ' if old else ''}bf16 in hardware"
     precision += " with loss scaling" if precision == "fp16" else ""
-    sums = "fp32" if in_fp32(config.gradient_dtype, config.master_weights, config.zero_stage) else precision[:4]
+    sums = "fp32" if in_fp32(config.gradient_dtype, config.master_weights) else precision[:4]
     computed = "fp8 matmuls in bf16" if precision == "fp8" else precision
     kept = f"{config.master_weights} master weights, {sums} gradient sums"
     return found, f"{computed}, {kept}, {'NCCL' if config.use_gpu else 'gloo'}"

@@ -88,7 +88,7 @@ def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps
 
 def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> list[str]:
     manifest, chosen = read_manifest(newest), [f"goes on from {newest.name}"]
-    if config.zero_stage and any(manifest[name] != getattr(config, name) for name in GRID):
+    if any(manifest[name] != getattr(config, name) for name in GRID):
         chosen.append("converted for the new grid")
     if config.gradient_accumulation_steps != given.gradient_accumulation_steps:
         chosen.append(

@@ -72,7 +72,8 @@ class Columns(torch.autograd.Function):
         x8, x_scale = cast(x.flatten(0, -2))
         ctx.save_for_backward(x8, x_scale, columns, scale)
         ctx.shape = x.shape
-        parts = matmul(x8, rows, x_scale, scale).view(*x.shape[:-1], -1).split(ctx.sizes, -1)
+        merged = matmul(x8, rows, x_scale, scale).view(*x.shape[:-1], -1)
+        parts = torch.unsafe_split_with_sizes(merged, ctx.sizes, -1)  # see `layers.ColumnMatmuls`
         return tuple(part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True))
 
     @staticmethod
@@ -175,6 +176,8 @@ def compute_in_fp8(engine: deepspeed.DeepSpeedEngine, compiled: bool) -> None:
             for weights in found:
                 weights.refresh(caster)
 
+    refresh()  # graphs are captured, and compared with what they were made of, before the first step
+    cast_of.clear()  # a checkpoint may be loaded meanwhile
     model.register_forward_pre_hook(refresh)
 
 

@@ -23,12 +23,12 @@ except ImportError:  # Triton comes with PyTorch for GPUs only
 BUCKET = 100_000_000  # elements that travel at once: 0.4 GB in fp32, beyond which links get no faster
 
 
-def in_fp32(wanted: str, master_weights: str, zero_stage: int) -> bool:
-    """Whether a run's gradients are summed in fp32, by the settings `gradient_dtype`, `master_weights`, `zero_stage`.
+def in_fp32(wanted: str, master_weights: str) -> bool:
+    """Whether a run's gradients are summed in fp32, by the settings `gradient_dtype` and `master_weights`.
 
-    "auto" is fp32, except where the sum ends in bf16 weights, and at stage 0, where autograd sums.
+    "auto" is fp32, except where the sum ends in bf16 weights.
     """
-    return wanted == "fp32" or (wanted == "auto" and master_weights == "fp32" and zero_stage > 0)
+    return wanted == "fp32" or (wanted == "auto" and master_weights == "fp32")
 
 
 @dataclass

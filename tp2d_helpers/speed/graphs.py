@@ -62,19 +62,18 @@ class Loss(torch.nn.Module):
 
 
 def replay_passes(
-    model: torch.nn.Module, shape: tuple[int, int], keeps_gradients: bool, alone: bool,
-    restart: Callable[[], None] = lambda: None,
-) -> str:  # fmt: skip
+    model: torch.nn.Module, shape: tuple[int, int], alone: bool, restart: Callable[[], None] = lambda: None
+) -> str:
     """Let training on micro-batches of this shape replay graphs; all else (evaluation, padding) runs as before.
 
     That is, if the host is what a step waits for, on some rank. The graphs hold the addresses of the weights, which
     must stay where they are. Collective over the world: if a rank can't capture its passes, none replays them, as a
-    graph hands out gradients in an order of its own.
+    graph hands out gradients in an order of its own. A gradient lasts until the next replay: several are added up
+    elsewhere, as ZeRO does (`gradients.Sums`).
 
     Args:
         model: on a GPU, its weights trained by an engine.
         shape: (samples, seq).
-        keeps_gradients: whether a gradient outlives its step, or is added to.
         alone: whether the passes reduce nothing over other ranks, which would wait for one that ran out of memory.
         restart: called as a pass begins, forward and backward: a graph takes the same way in each replay, and what is
             reduced over ranks must not depend on what came before (`reducers.restart`).
@@ -88,6 +87,7 @@ def replay_passes(
     passes, weights, aliases = _passes(Loss(model.train()), sample, restart)
     replay, trouble = _captured(passes, (*sample, *aliases), model.config.get_text_config().vocab_size, alone)
     if trouble:
+        restart()  # a capture that was cut off on one rank has left its reductions at another turn than its peers'
         _forget_graphs()
         return trouble
 
@@ -103,9 +103,6 @@ def replay_passes(
 
     model.forward = forward
     _models.append((model, whole))
-    if keeps_gradients:
-        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-            parameter.register_hook(functools.partial(_keep, parameter))
     return ""
 
 
@@ -235,8 +232,10 @@ def _compared(
         error = torch.stack([(now.float() - then).norm() for now, then in pairs]).norm().item()
         norm = torch.stack([then.float().norm() for _, then in pairs]).norm().item()
         del found, pairs
+        if not norm > 0:
+            return "the gradients of its passes are zero, and no replay can be compared with them"
         if not error <= OFF * norm:  # nor if it isn't a number
-            return f"the gradients of its replays are off by {error / max(norm, 1e-30):.0%}"
+            return f"the gradients of its replays are off by {error / norm:.0%}"
     if ids.is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -249,8 +248,3 @@ def _forget_graphs() -> None:
     _replayed = 0
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _keep(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
-    """A copy of a weight's first gradient, as the next replay writes its own in the same place."""
-    return gradient.clone() if parameter.grad is None else gradient

@@ -16,7 +16,7 @@ import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, VocabParallelLinear
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tp2d_helpers.cache import cache_dir
@@ -43,7 +43,8 @@ class ColumnMatmuls(torch.autograd.Function):
         if any(ctx.biased):
             pairs = zip(weights, biases, strict=True)
             bias = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
-        return F.linear(x, torch.cat(weights), bias if any(ctx.biased) else None).split(ctx.sizes, -1)
+        merged = F.linear(x, torch.cat(weights), bias if any(ctx.biased) else None)
+        return torch.unsafe_split_with_sizes(merged, ctx.sizes, -1)  # OLMo clips them in place, which views forbid
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -188,23 +189,11 @@ def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
         layer.compile(backend=backend, dynamic=False, options=options)
 
 
-# What "selective" checkpointing keeps: the results of matmuls, attention and communication. The element-wise
-# rest is cheap to compute again.
-KEPT = {"mm", "addmm", "bmm", "_scaled_mm", "row_matmul", "row_matmul8", "_varlen_attn"}
+def checkpoint_layers(model: torch.nn.Module) -> None:
+    """Keep only the inputs of each decoder layer; its backward pass computes the rest again.
 
-
-def _keep_matmuls(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = operation.overloadpacket.__name__ if hasattr(operation, "overloadpacket") else ""
-    keep = name in KEPT or name.startswith("_scaled_dot_product")
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpoint_layers(model: torch.nn.Module, mode: str) -> None:
-    """Keep only the inputs of each decoder layer ("full"), or what is costly to recompute as well ("selective")."""
-    if mode == "none":
-        return
-    kwargs: dict[str, Any] = {"use_reentrant": False}
-    if mode == "selective":
-        kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+    The results of matmuls can't be kept beside them: AutoTP's all-reduce and ZeRO 3's bias are added in place to what
+    was kept, and would be once more as the layer is computed again.
+    """
     for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, **kwargs)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -20,7 +20,8 @@ from tp2d_helpers.speed import documents, frozen, graphs, layers, reducers
 from tp2d_helpers.speed.agreement import everywhere, first_trouble
 from tp2d_helpers.speed.float8 import compute_in_fp8
 from tp2d_helpers.speed.loss import fuse_loss
-from tp2d_helpers.speed.optimizer import fuse_step
+from tp2d_helpers.speed.loss_scale import change_scale_after_step
+from tp2d_helpers.speed.optimizer import FusedZeroOptimizer, fuse_step
 
 STAGE_3_CANNOT = {"compile", "block_all_reduce", "peer_copies", "cuda_graph"}
 
@@ -72,8 +73,7 @@ def optimize(
     _say("not all optimizations", trouble)
     shape = config["batch_size_per_gpu"], config["seq_length"]
     documents.skip_search_for_packed_samples(model)
-    if "block_all_reduce" in names:
-        (frozen.enter_once_per_block if config.get("lora_rank") else layers.reduce_once_per_block)(model, blocks)
+    change_layers(model, names, config, blocks)
     if config.get("precision") == "fp8":
         compute_in_fp8(engine, "compile" in names)
     if "peer_copies" in names:
@@ -83,14 +83,36 @@ def optimize(
         fuse_loss(model, "compile" in names, in_chunks=engine.zero_optimization_stage() < 3)
     if "fused_step" in names:
         fuse_step(engine)
-    layers.checkpoint_layers(model, config.get("activation_checkpointing", "none"))
+    if not isinstance(engine.optimizer, FusedZeroOptimizer):
+        change_scale_after_step(engine.optimizer)
     if "compile" in names:
         layers.compile_layers(model)
-    if "cuda_graph" in names and graphs.may_be_host_bound(layers.layer_parameters(model), math.prod(shape)):
-        keeps = engine.zero_optimization_stage() == 0  # else they are summed elsewhere
+    if "cuda_graph" in names and any(everywhere(_may_be_host_bound(model, math.prod(shape)))):
         restart = functools.partial(reducers.restart, tp_group)
-        _say("no cuda_graph", graphs.replay_passes(model, shape, keeps, tp_group.size() == 1, restart))
+        _say("no cuda_graph", graphs.replay_passes(model, shape, tp_group.size() == 1, restart))
     startup.mark("optimizations")
+
+
+def change_layers(
+    model: torch.nn.Module, names: Collection[str], config: dict[str, Any], blocks: Collection[str]
+) -> None:
+    """Let the decoder layers of a divided model communicate and keep activations as a run's settings say.
+
+    What the model computes stays the same, which is proven for its class before a run (`model/proof.py`).
+
+    Args:
+        names: of the optimizations that are used.
+        blocks: as for `optimize`.
+    """
+    if "block_all_reduce" in names:
+        (frozen.enter_once_per_block if config.get("lora_rank") else layers.reduce_once_per_block)(model, blocks)
+    if config.get("activation_checkpointing", "none") == "full":
+        layers.checkpoint_layers(model)
+
+
+def _may_be_host_bound(model: torch.nn.Module, tokens: int) -> bool:
+    """Of this rank's shard, which may be smaller than another's."""
+    return graphs.may_be_host_bound(layers.layer_parameters(model), tokens)
 
 
 def _agreed(names: set[str], trouble: str) -> tuple[set[str], str]:

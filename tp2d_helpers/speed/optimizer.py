@@ -166,6 +166,4 @@ def _take_back(engine: deepspeed.DeepSpeedEngine) -> None:
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | torch.Tensor:
     """fp16's loss scale of the next step; on the device, where nothing has asked for it yet."""
     optimizer = engine.optimizer
-    if isinstance(optimizer, FusedZeroOptimizer):
-        return optimizer.scale.value
-    return getattr(optimizer, "loss_scale_config", optimizer).cur_scale  # the former at stage 0
+    return optimizer.scale.value if isinstance(optimizer, FusedZeroOptimizer) else optimizer.cur_scale

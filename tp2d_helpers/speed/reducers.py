@@ -37,7 +37,8 @@ class Collectives:
             self.works.pop(0).wait()
 
     def restart(self) -> None:
-        """Begin a pass that doesn't know what was reduced before it, as one that is a graph."""
+        """Begin a pass that knows nothing of those before: one that is a graph, or follows one that was cut off."""
+        self.works.clear()
 
 
 class PeerCopies(Collectives):
@@ -87,8 +88,9 @@ class PeerCopies(Collectives):
 
     def restart(self) -> None:
         """Wait until the peer has read what it was sent: then both inboxes are free, and the first one's turn comes."""
+        super().restart()
         self.handle.barrier(channel=0)
-        self.turn = 0
+        self.pending, self.filled, self.turn = [], 0, 0
 
 
 # By the group's name: an operator of `reductions`, which a compiler takes as it is, takes numbers and texts only.
