@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from tp2d_helpers.config import ConfigError
-from tp2d_helpers.model import divide, plan
+from tp2d_helpers.config import ConfigError, make_config
+from tp2d_helpers.model import divide, lora, plan
 from tp2d_helpers.model.proof import prove
 from tp2d_helpers.model.rehearsal import Rehearsal, rehearse
 
@@ -23,13 +24,58 @@ def tiny(model_type: str, **shape: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **TINY | shape)
 
 
-def proved(config: PretrainedConfig, tp_size: int = 2) -> None:
-    prove(config, tp_size, rehearse(config, tp_size))
+def proved(config: PretrainedConfig, tp_size: int = 2, **settings: Any) -> None:
+    """By the default settings but these."""
+    prove(config, tp_size, rehearse(config, tp_size), make_config(tp_size=tp_size, **settings).model_dump())
 
 
 @pytest.mark.parametrize("model_type, tp_size", [("qwen3", 4), ("glm4", 2), ("olmo2", 8), ("starcoder2", 2)])
 def test_what_is_equal_passes(model_type: str, tp_size: int) -> None:
     proved(tiny(model_type), tp_size)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(optimizations="none"), dict(activation_checkpointing="full"), dict(zero_stage=3), dict(lora_rank=4),
+    dict(lora_rank=4, lora_targets="q_proj,down_proj", activation_checkpointing="auto"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("tp_size", [1, 8])
+def test_what_is_equal_by_other_settings(settings: dict[str, Any], tp_size: int) -> None:
+    proved(tiny("qwen3"), tp_size, **settings)
+
+
+@pytest.mark.parametrize("settings, named", [
+    (dict(), "view and is being modified inplace"), (dict(optimizations="none"), ""), (dict(zero_stage=3), ""),
+    (dict(lora_rank=4), ""),
+], ids=str)  # fmt: skip
+def test_the_proof_runs_what_the_run_runs(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], named: str
+) -> None:
+    """OLMo clips queries in place: a fault of the layers that share a matmul, which not every run has."""
+    monkeypatch.setattr(torch, "unsafe_split_with_sizes", torch.split_with_sizes)
+    with pytest.raises(ConfigError, match=named) if named else contextlib.nullcontext():
+        proved(tiny("olmo", clip_qkv=0.2), **settings)
+
+
+def test_an_adapter_whose_gradient_is_not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "sum_over", lambda group, gradient: gradient)
+    with pytest.raises(ConfigError, match=r"gradient of model.layers.0.self_attn.q_proj_lora.A would be another"):
+        proved(tiny("qwen3"), lora_rank=4)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_layer_that_changes_what_it_is_given(monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
+    """Recomputed from that, it is another layer."""
+    forward = LlamaDecoderLayer.forward
+
+    def changing(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = hidden_states.clone()
+        hidden_states.data.mul_(0.5)
+        return forward(self, given, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", changing)
+    proved(tiny("llama"), tp_size)
+    with pytest.raises(ConfigError, match=r"gradient of .* would be another"):
+        proved(tiny("llama"), tp_size, activation_checkpointing="full")
 
 
 def test_a_gradient_that_is_not_summed() -> None:

@@ -80,8 +80,8 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     needs = rehearse(model.config, config.tp_size)
     if needs.own_loss:
         compare_losses(model.config)
-    if config.tp_size > 1:
-        prove(model.config, config.tp_size, needs)
+    if config.tp_size > 1 or config.lora_rank or config.activation_checkpointing != "none":
+        prove(model.config, config.tp_size, needs, config.model_dump())
     name = display_name(config.model_name)
     shards = f"{config.tp_size} shard{'s' * (config.tp_size > 1)}"
     replicas = f"{config.dp_size} replica{'s' * (config.dp_size > 1)}"
