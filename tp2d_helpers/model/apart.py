@@ -166,7 +166,7 @@ def _mixed(model: torch.nn.Module) -> tuple[str, torch.Tensor]:
 
 def _close(logits: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether they differ by rounding alone, which of experts depends on all tokens given to one; zeros say nothing."""
-    return bool(0 < others.abs().max() and (logits - others).abs().max() <= 1e-5 * others.abs().max())
+    return bool(others.abs().max() > 0 and (logits - others).abs().max() <= 1e-5 * others.abs().max())
 
 
 def _numbered() -> Any:
