@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grid import Run, assert_equal_runs, run_grid
+from replays import wrong_gradients
 from transformers import masking_utils
 
 from tp2d_helpers.config import make_config
@@ -202,28 +203,23 @@ def test_ranks_of_uneven_shards_ask_together(train: Train, family: Callable[...,
     assert len(run.records) == 2
 
 
-class Wrong(Replay):
-    """Replays that give −3 times the gradients of what fp8 multiplies: the matrices of the decoder layers."""
-
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
-        given = [tensor.view_as(tensor) if tensor.requires_grad else tensor for tensor in tensors]
-        for tensor in given:
-            if tensor.requires_grad and tensor.ndim == 2 and 2048 not in tensor.shape:
-                tensor.register_hook(lambda gradient: -3 * gradient)
-        return super().__call__(*given)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 def test_wrong_replays_are_refused_in_every_precision(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path], precision: str
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path], precision: str, device: str
 ) -> None:
     """Before the first step, when an engine captures its passes: fp8's cast weights must be there by then."""
-    model = load_model(str(tiny_model("qwen2-untied")), torch.bfloat16)
+    model, graphed = load_model(str(tiny_model("qwen2-untied")), torch.bfloat16).to(device), graphs._graphed
+    documents.skip_search_for_packed_samples(model)
     if precision == "fp8":
         float8.compute_in_fp8(SimpleNamespace(module=model, global_steps=0), compiled=False)
     monkeypatch.setattr(graphs, "_waits_for_host", lambda *_: True)
-    for kind, said in ((Wrong, "off by "), (Replay, "")):
-        monkeypatch.setattr(graphs, "_graphed", kind)
+    right = graphed if device == "cuda" else Replay
+    for made, said in ((lambda *arguments: wrong_gradients(right(*arguments)), "off by "), (right, "")):
+        monkeypatch.setattr(graphs, "_graphed", made)
         assert said in (trouble := graphs.replay_passes(model, SHAPE, alone=True)) and bool(trouble) == bool(said)
 
 
@@ -308,7 +304,7 @@ def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: 
     assert without.startswith("no cuda_graph: micro-batches hold") == ("packing" in settings)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@on_gpu
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) -> None:
     """The passes of real graphs, between them one of another shape, which they leave alone."""
@@ -331,7 +327,7 @@ def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) 
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@on_gpu
 def test_sums_in_a_graph(tmp_path: Path) -> None:
     """The products of `reductions.py`, with NCCL's sums over a group of one."""
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

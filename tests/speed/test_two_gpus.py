@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from grid import Run, assert_alike_on_all_ranks, assert_equal_runs
+from replays import wrong_gradients
 
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.speed import graphs, reducers, reductions
@@ -30,6 +32,26 @@ def _copies_in_graphs(names: dict[str, Any]) -> None:
     graphs._waits_for_host = lambda *_: True
 
 
+def _no_capture_on_rank_1(names: dict[str, Any]) -> None:
+    """Its copies are at another turn then than those of rank 0, which has captured some."""
+    _copies_in_graphs(names)
+    graphed = graphs._graphed
+
+    def failing(*arguments: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise RuntimeError("no capture here")
+        return graphed(*arguments)
+
+    graphs._graphed = failing
+
+
+def _wrong_replays(names: dict[str, Any]) -> None:
+    """Replays that give −3 times the gradients of the decoder layers' matrices: they must be found, and not be used."""
+    _copies_in_graphs(names)
+    graphed = graphs._graphed
+    graphs._graphed = lambda *arguments: wrong_gradients(graphed(*arguments))
+
+
 KINDS: dict[str, dict[str, Any]] = {  # of the sides that suit fp8
     "qwen2": dict(hidden_size=128, intermediate_size=256, head_dim=16),
     "qwen3_moe": dict(head_dim=16, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=48, norm_topk_prob=True),
@@ -40,6 +62,7 @@ EVALUATED = dict(eval_samples=6, eval_interval=5)
 EQUAL: list[dict[str, Any]] = [
     dict(tp_size=2), dict(tp_size=2, optimizations=COPIES, patch=_copies), dict(tp_size=2, patch=_copies_in_graphs),
     dict(tp_size=2, gradient_accumulation_steps=2, **EVALUATED, patch=_copies_in_graphs),
+    dict(tp_size=2, patch=_no_capture_on_rank_1),
     dict(dp_size=2), dict(dp_size=2, gradient_accumulation_steps=2), dict(dp_size=2, zero_stage=2),
     dict(dp_size=2, zero_stage=2, gradient_accumulation_steps=2), dict(dp_size=2, zero_stage=3),
     dict(tp_size=2, activation_checkpointing="full"), dict(tp_size=2, optimizations="none"),
@@ -50,7 +73,7 @@ NEAR: list[dict[str, Any]] = [
     dict(precision=precision, **grid)
     for precision in ("fp8", "fp16")
     for grid in (dict(), dict(tp_size=2), dict(dp_size=2))
-] + [dict(precision="bf16", tp_size=2)]
+] + [dict(precision="bf16", tp_size=2), dict(precision="fp8", tp_size=2, patch=_wrong_replays)]
 BF16 = dict(precision="bf16", optimizations="none")
 
 
