@@ -154,6 +154,7 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
 
         def train(config: dict) -> None:
             names["train_func"](config)
+            kept["store"] = dist.distributed_c10d._get_default_store()  # which ends with the last that knows rank 0's
             for upload in UPLOADS:
                 upload.join()
             engine, tp_group, dp_group, *_ = kept["setup"]
@@ -167,6 +168,7 @@ def _rank(environment: dict[str, str], config: dict, after: Callable, patch: Cal
     writer.send_bytes(answer)
     writer.close()
     sys.stdout.flush()
+    multiprocessing.parent_process().join()  # it kills this one: others may still ask rank 0's store
     os._exit(0)  # DeepSpeed and gloo threads may not end by themselves
 
 

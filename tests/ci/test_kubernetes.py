@@ -18,8 +18,8 @@ POD = {"securityContext": {"fsGroup": int}, "containers": list, "volumes": list,
 GROUP = {"rayStartParams": dict, "template": {"spec": POD}}
 # What the job uses of ray.io_rayjobs.yaml (KubeRay 1.6.2, and master of 2026-08-19), and of a pod.
 JOB = {
-    "entrypoint": str, "submissionMode": str, "backoffLimit": int, "activeDeadlineSeconds": int,
-    "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int,
+    "entrypoint": str, "submissionMode": str, "backoffLimit": int, "shutdownAfterJobFinishes": bool,
+    "ttlSecondsAfterFinished": int,
     "rayClusterSpec": {
         "rayVersion": str, "authOptions": {"mode": str}, "enableInTreeAutoscaling": bool,
         "autoscalerOptions": {"version": str, "idleTimeoutSeconds": int},
@@ -98,6 +98,12 @@ def test_settings_fit_nodes_that_come_and_go(job: dict, config: Config) -> None:
     assert config.min_dp_size * config.tp_size <= gpus * (workers["maxReplicas"] - 1)  # one node less is enough
     assert config.checkpoint_interval and config.max_failures > 1
     assert config.experiment_name != "auto"  # else a second job would begin anew
+
+
+def test_nothing_ends_a_long_run(job: dict, pods: list[dict], config: Config) -> None:
+    """Neither a limit of time, nor the loss of the head. Another job of the same experiment_name goes on."""
+    assert not [spec for spec in (job, *pods) if "activeDeadlineSeconds" in spec]
+    assert job["backoffLimit"] >= 1 and config.cluster_wait_seconds >= 600  # nodes take minutes to come
 
 
 def test_all_pods_share_the_storage(documents: dict[str, dict], pods: list[dict], config: Config) -> None:

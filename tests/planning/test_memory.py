@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tp2d_helpers.config import make_config
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.norms import Norms
 from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.planning import memory
 from tp2d_helpers.planning.memory import (
@@ -48,20 +50,35 @@ def test_shard_of_a_model() -> None:
 
 
 @pytest.mark.parametrize("settings, kept", [
-    ({}, 8 * 8 + 2 * 8 + 2 * 4 + 4 * 16),
+    ({}, 8 * 8 + 2 * 8 + 2 * 4 + 4 * 16),  # two norms keep three tensors each
     (dict(optimizations=ON_GPU), 2 * 8 + 2 * 8 + 2 * 4 + 2 * 16),
-    (dict(activation_checkpointing="full", tp_size=2), 8 - 4 / 2),  # no log-sums
+    (dict(activation_checkpointing="full", tp_size=2), 8 - 4),  # no log-sums
 ])  # fmt: skip
 def test_activations_by_hand(settings: dict[str, Any], kept: int) -> None:
-    """6 tokens, 2 layers: 2 bytes for each element, and 4 for each head's log-sum."""
+    """6 tokens, 2 layers: 2 bytes for each element, 4 for each head's log-sum; four hidden states at the last norm."""
     setting = Setting(batch_size_per_gpu=2, seq_length=3, **settings)
-    assert activation_bytes(SHARD, setting)[0] == 6 * 2 * (2 * kept + 4 * 2)
+    assert activation_bytes(SHARD, setting)[0] == 6 * 2 * (2 * kept + 4 * 2) + 6 * 2 * 4 * 8
+
+
+@pytest.mark.parametrize("names, norms, joined, windows", [
+    (frozenset(), (4 * 4 - 2 * 3) * 8, 8 + 4, 5 + 2 * (8 - 4)), (ON_GPU, 8, 8 + 4, 0),
+])  # fmt: skip
+def test_what_a_class_keeps_besides_by_hand(names: frozenset[str], norms: int, joined: int, windows: int) -> None:
+    """Four norms in fp32, of which two are of what the blocks made; a matrix for q, k, v; a window of 4 of 5 tokens."""
+    setting, norm = Setting(seq_length=5, optimizations=names), Norms(4, 4, 2)
+    usual, mask = activation_bytes(SHARD, setting)[0], 5 * 5 * 2
+    head = 5 * 2 * 8
+    assert activation_bytes(replace(SHARD, norms=norm), setting)[0] == usual + head + 2 * 5 * 2 * norms
+    assert activation_bytes(replace(SHARD, joined=True), setting)[0] == usual + 2 * 5 * 2 * joined
+    kept, added = activation_bytes(replace(SHARD, masked=0.5, window=4), setting)
+    assert kept == usual + 2 * 0.5 * 5 * 2 * windows and added == activation_bytes(SHARD, setting)[1] + mask
+    assert activation_bytes(replace(SHARD, masked=0.5, window=5), setting) == activation_bytes(SHARD, setting)
 
 
 def test_full_checkpointing_by_hand() -> None:
     """Kept: a hidden state per layer. Added: a layer's other activations, and their gradients."""
     kept, added = activation_bytes(SHARD, Setting(seq_length=6, activation_checkpointing="full"))
-    assert kept == 6 * 2 * 2 * 8
+    assert kept == 6 * 2 * 2 * 8 + 6 * 2 * 4 * 8
     again, gradients = 7 * 8 + 2 * 8 + 2 * 4 + 4 * 16, 4 * 8 + 2 * 8 + 2 * 4 + 3 * 16
     assert added == 6 * (2 * again + 4 * 2) + 6 * (2 * gradients + 4 * 2)
 
@@ -71,6 +88,12 @@ def test_full_checkpointing_by_hand() -> None:
     ("qwen3", dict(head_dim=16), 0.03),  # norms of heads
     ("mixtral", dict(num_local_experts=4), 0.04),  # and the router's probabilities
     ("qwen3_moe", dict(head_dim=16, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=64), 0.06),
+    ("gemma3_text", dict(head_dim=16, sliding_window=64, hidden_size=256), 0.03),  # four norms in fp32, and of heads
+    ("gemma3_text", dict(head_dim=16, sliding_window=16, hidden_size=256), 0.03),  # windows by a mask
+    ("glm4", dict(head_dim=16, partial_rotary_factor=1.0, hidden_size=256), 0.12),  # four norms; one matrix, rotated
+    ("olmo2", dict(hidden_size=256), 0.03),  # norms of what the blocks made alone
+    ("phi3", {}, 0.08),  # one matrix for q, k, v
+    ("starcoder2", {}, 0.03),  # layer norms
 ])  # fmt: skip
 @pytest.mark.parametrize("optimizations, backend", [((), None), (("compile",), "aot_eager_decomp_partition")])
 def test_activations_are_what_autograd_keeps(
@@ -80,15 +103,16 @@ def test_activations_are_what_autograd_keeps(
 
     The backend decides what is kept as the default one does, and compiles nothing.
     """
-    hf_config = AutoConfig.for_model(
-        model_type, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=64, pad_token_id=None, **shape,
-    )  # fmt: skip
+    usual = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=8,
+                 num_key_value_heads=4, vocab_size=64, pad_token_id=None)  # fmt: skip
+    hf_config = AutoConfig.for_model(model_type, **usual | shape)
     ids = torch.randint(64, (2, 48))
-    kept = [bytes_kept(hf_config, ids, layers, backend) for layers in (2, 3)]
     setting = Setting(batch_size_per_gpu=2, seq_length=48, optimizations=frozenset(optimizations))
-    expected = activation_bytes(ModelFacts.of(hf_config).shard(1), setting)[0] / 3
-    assert kept[1] - kept[0] == pytest.approx(expected, rel=tolerance)
+    kept, expected = [], []
+    for layers in (2, 3):
+        kept.append(bytes_kept(hf_config, ids, layers, backend))
+        expected.append(activation_bytes(ModelFacts.of(hf_config).shard(1), setting)[0])
+    assert kept[1] - kept[0] == pytest.approx(expected[1] - expected[0], rel=tolerance)
 
 
 def bytes_kept(hf_config: Any, ids: torch.Tensor, layers: int, backend: str | None) -> int:
@@ -134,7 +158,7 @@ def test_chunks_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch, settings: dic
 
 def test_state_and_buffers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """1000 parameters in bf16 at ZeRO 1 and dp 2: their gradients are summed in fp32."""
-    small = Setting(dp_size=2, seq_length=2)
+    small = Setting(dp_size=2, seq_length=1)
     found = memory_per_gpu(SHARD, small)  # at DeepSpeed's step: half the sums again, flat
     assert (found.weights, found.gradients, found.optimizer, found.buffers) == (2000, 4000, 6000, 2000)
     large = memory_per_gpu(SHARD, Setting(dp_size=2, seq_length=2000))

@@ -127,8 +127,9 @@ def test_recomputation_costs_a_forward_pass() -> None:
 
 # Measured runs
 
-SECONDS, PEAK, PEAK_OF_LORA = 0.20, 0.10, 0.02  # how far off an estimate may be
+SECONDS, PEAK, PEAK_NEAR = 0.20, 0.08, 0.022  # how far off an estimate may be
 HOST_BOUND = 1.0  # where a step waits for its host: hosts differ by a factor of two (`calibrate` measures one)
+PEAKS_NEAR = ("gemma-3-4b", "phi-4-mini")  # whose classes keep more than most; and with LoRA
 SECONDS_OF = {"gemma-3-4b": 0.35}  # heads of 256 and windows: its attention is slower than what was fitted
 
 
@@ -165,7 +166,8 @@ def predicted(report: dict[str, Any], entry: dict[str, Any]) -> tuple[float, flo
         peak += 2 * min(500_000_000, setting.trained(shard) if setting.lora_rank else math.inf) * (1 + (job["dp"] > 1))
     kept = "compile" in setting.optimizations and job["activation_checkpointing"] == "none"
     if kept and report["date"] < "2026-11-28 14" and setting.precision != "fp8":  # before compiled layers kept less
-        peak += setting.tokens * setting.width * shard.layers * (2 * shard.hidden + shard.mlp_out)
+        masks = shard.masked * (setting.seq_length + 2 * (shard.query - shard.key_value))
+        peak += setting.tokens * setting.width * shard.layers * (2 * shard.hidden + shard.mlp_out + masks)
     return seconds * 1e3, peak / GIB
 
 
@@ -181,7 +183,8 @@ def test_measured_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         time_off, peak_off = milliseconds / entry["step_ms"] - 1, peak / entry["peak_gib"] - 1
         waits = job["micro_batch"] * job["seq"] <= 512
         limit = HOST_BOUND if waits else SECONDS_OF.get(job["shape"], SECONDS)
-        bad = abs(time_off) > limit or abs(peak_off) > (PEAK_OF_LORA if job.get("lora_rank") else PEAK)
+        near = job.get("lora_rank") or job["shape"] in PEAKS_NEAR
+        bad = abs(time_off) > limit or abs(peak_off) > (PEAK_NEAR if near else PEAK)
         wrong += bad
         lines.append(
             f"{'WRONG ' * bad}{job['shape']}, {entry['grid']}, {entry['label']}, ZeRO {job['zero']}: "

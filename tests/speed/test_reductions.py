@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -107,3 +110,48 @@ def test_without_access_collectives_sum(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_sums_over_two_processes(tmp_path: Path, on_gpu: bool) -> None:
     torch.multiprocessing.spawn(compare, (str(tmp_path / "store"), on_gpu), nprocs=2)
+
+
+class Pad:
+    """Symmetric memory of one process, whose peer does what it does: the handle, its buffers and 8 signals."""
+
+    signals = torch.zeros(8, dtype=torch.uint32)  # of four channels; the first is the barrier's
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.written = rank, []
+
+    def get_buffer(self, peer: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def get_signal_pad(self, peer: int) -> torch.Tensor:
+        return self.signals
+
+    def wait_signal(self, peer: int, channel: int) -> None:
+        assert 2 * channel + self.rank in self.written
+
+    def write(self, signals: torch.Tensor, place: int, value: int) -> None:
+        assert 2 <= place < signals.numel(), "beyond the signals, or the barrier's"
+        self.written.append(place)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_parts_beyond_the_signals_go_by_collectives(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Of three parts, a pass with the first inbox has channels for two, with the second for one; on both ranks."""
+    pad, by_collectives = Pad(rank), []
+    library = SimpleNamespace(
+        empty=lambda *size, dtype, device: torch.zeros(*size, dtype=dtype), rendezvous=lambda *_: pad,
+        _SymmetricMemory=SimpleNamespace(stream_write_value32=pad.write),
+    )  # fmt: skip
+    monkeypatch.setattr(reducers, "symmetric_memory", library)
+    monkeypatch.setattr(reducers, "BYTES_TO_COPY", 0)
+    monkeypatch.setattr(reducers.Collectives, "begin", lambda self, part: by_collectives.append(part))
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    copies, parts = reducers.PeerCopies(None, 12, torch.float32), [torch.ones(4) for _ in range(3)]
+    for left in (parts[2:], parts[1:], parts[2:]):
+        for part in parts:
+            copies.begin(part)
+        copies.finish()
+        assert [id(part) for part in by_collectives] == [id(part) for part in left]
+        by_collectives.clear()

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.model.norms import Norms
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.model.sharding import meta_model
@@ -182,6 +183,26 @@ class ModelFacts:
         matmuls = 4 * self.matmul_parameters + 6 * adapters if adapters else 6 * self.matmul_parameters
         return matmuls + 6 * self.layers * self.heads * self.head_dim * seq_length
 
+    @functools.cached_property
+    def norms(self) -> Norms:
+        """What the norms of hidden states keep for the backward pass."""
+        return Norms.of(self.meta, self.hidden)
+
+    @functools.cached_property
+    def joined(self) -> bool:
+        """Whether one matrix makes queries, keys and values, of which the first two are rotated."""
+        size = (self.heads + 2 * self.key_value_heads) * self.head_dim
+        one = any("att" in m.name and {m.inputs, m.outputs} == {size, self.hidden} for _, m in self._matmuls(Plan(1)))
+        return one and any("rotary" in type(module).__name__.lower() for module in self.meta.modules())
+
+    @functools.cached_property
+    def windows(self) -> tuple[float, int]:
+        """(share of the layers whose attention sees a window, tokens in it); (0, 0) of other models."""
+        text = self.config.get_text_config()
+        kinds, window = getattr(text, "layer_types", None) or [], getattr(text, "sliding_window", None) or 0
+        share = kinds.count("sliding_attention") / len(kinds) if kinds else 0
+        return (share, window) if share and window else (0, 0)
+
     def shard(self, tp_size: int) -> Shard:
         """What each rank of a TP group holds. Raises `ConfigError` if the model can't be divided so.
 
@@ -202,4 +223,8 @@ class ModelFacts:
             normed_heads=any(name.endswith(("q_norm", "k_norm")) for name, _ in self.meta.named_modules()),
             layer_matmuls=tuple(matmul for module, matmul in self._matmuls(plan) if id(module) in inside),
             all_reduces=AllReduces.of(plan, experts[1]),
+            norms=self.norms,
+            joined=self.joined,
+            masked=self.windows[0],
+            window=self.windows[1],
         )

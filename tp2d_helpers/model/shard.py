@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tp2d_helpers.model.norms import Norms
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.styles import COLUMN, EXPERTS, NORM, ROW
 
@@ -74,6 +75,10 @@ class Shard:
     normed_heads: bool  # queries and keys pass norms
     layer_matmuls: tuple[Matmul, ...]  # of all decoder layers
     all_reduces: AllReduces
+    norms: Norms = field(default_factory=Norms)
+    joined: bool = False  # queries, keys and values are one tensor before the first two are rotated
+    masked: float = 0  # the share of layers whose attention sees a window of the sequence, by a mask
+    window: int = 0  # tokens that those see
 
     @functools.cached_property
     def _mlp(self) -> tuple[float, float]:

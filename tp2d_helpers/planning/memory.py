@@ -7,7 +7,7 @@ batch is `traffic.state_bytes`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,15 +24,17 @@ from tp2d_helpers.speed.reductions import ROWS_TO_HALVE
 # (hidden, query, key_value, mlp_in, mlp_out, gathered, normed heads) width per token: see `Shard`. `hidden` and
 # `gathered` are whole on each rank of a TP group, the others are divided by tp_size: Korthikanti et al. 2022, section
 # 4, without its sequence parallelism.
-#   eager     of each of two norms: its input in fp32 (counts twice), the normalised input, the output; q, k, v; the
-#             attention's output; gate, silu(gate), up, their elementwise product
-#   compiled  the layer's input, the attention block's output; q, k, v; the attention's output; gate, up. The norms'
-#             outputs and the MLP's product, which matmuls of the backward pass read, are made again
+#   eager     what the two blocks take; q, k, v; the attention's output; gate, silu(gate), up, their elementwise
+#             product. And what norms keep (`Norms.each`; of Llama's, the input in fp32, which counts twice, and the
+#             normalised input)
+#   compiled  the layer's input, the attention block's output, and the MLP's if that is normed; q, k, v; the attention's
+#             output; gate, up. The norms' outputs and the MLP's product, which matmuls of the backward pass read, are
+#             made again
 #   full      the layer's input
 #   fp8       compiled, and what is an input of a matmul, in a byte
 # tests/planning/test_memory.py counts the tensors of the first two; it and test_step_time.py have peaks of H200 GPUs.
 ACTIVATIONS = {
-    "eager": (8, 2, 2, 2, 0, 1, 3), "compiled": (2, 2, 2, 1, 0, 1, 1), "full": (1, 0, 0, 0, 0, 0, 0),
+    "eager": (2, 2, 2, 2, 0, 1, 0), "compiled": (2, 2, 2, 1, 0, 1, 1), "full": (1, 0, 0, 0, 0, 0, 0),
     "fp8": (3, 1.5, 2, 1, 0, 1, 1),
 }  # fmt: skip
 BACKWARD = (4, 2, 2, 1, 1, 1, 0)  # gradients of a layer's activations, there at once while its backward pass runs
@@ -184,17 +186,17 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     """(kept from the forward passes of all layers, added while the backward pass of one runs), for a micro-batch.
 
     Kept are per token and layer `ACTIVATIONS` tensors, and of flash attention one fp32 number per head, the log of the
-    softmax's sum. A checkpointed layer is computed again before its backward pass: its own activations are added.
+    softmax's sum. A checkpointed layer is computed again before its backward pass: its own activations are added. The
+    norm before the head is compiled with nothing.
     """
-    how = "fp8" if setting.precision == "fp8" else "compiled"
-    uncut = ACTIVATIONS[how if "compile" in setting.optimizations else "eager"]
+    uncut = _uncut(shard, setting)
     mode = setting.activation_checkpointing
     kept = uncut if mode == "none" else ACTIVATIONS[mode]
     again = [max(0, whole - part) for whole, part in zip(uncut, kept, strict=True)]
     heads, mlp = (shard.query, shard.key_value), (shard.mlp_in, shard.mlp_out)
     widths = (shard.hidden, *heads, *mlp, shard.gathered, shard.normed_heads * sum(heads))
 
-    def size(counts: tuple[int, ...] | list[int]) -> float:
+    def size(counts: Sequence[float]) -> float:
         """Bytes of so many tensors of each width."""
         sums = 4 * shard.heads if counts[1] else 0
         return setting.tokens * (setting.width * sum(map(operator.mul, counts, widths)) + sums)
@@ -202,7 +204,26 @@ def activation_bytes(shard: Shard, setting: Setting) -> tuple[float, float]:
     kept_of_adapters = 0  # A x, of r elements for each
     if setting.lora_rank and mode != "full":
         kept_of_adapters = setting.tokens * setting.width * setting.lora_rank * len(shard.adapted)
-    return shard.layers * size(kept) + kept_of_adapters, size(again) + size(BACKWARD)
+    mask = setting.tokens * setting.seq_length * setting.width if 0 < shard.window < setting.seq_length else 0
+    others = 0.0  # of a layer
+    if mode == "none":  # with the values, queries and keys before they were rotated
+        others += shard.joined * setting.tokens * setting.width * sum(heads)
+    if mode == "none" and mask and "compile" not in setting.optimizations:  # and keys and values, a copy per query head
+        repeated = 2 * (shard.query - shard.key_value)
+        others += shard.masked * (mask + setting.tokens * setting.width * repeated)
+    head = setting.tokens * setting.width * shard.hidden * (shard.norms.each + 1)
+    kept_of_layers = shard.layers * (size(kept) + others)
+    return kept_of_layers + head + kept_of_adapters, size(again) + size(BACKWARD) + mask
+
+
+def _uncut(shard: Shard, setting: Setting) -> tuple[float, ...]:
+    """`ACTIVATIONS` of a layer that isn't checkpointed, with those that depend on its norms."""
+    norms = shard.norms
+    if "compile" in setting.optimizations:
+        hidden, *others = ACTIVATIONS["fp8" if setting.precision == "fp8" else "compiled"]
+        return hidden + norms.outputs / 2, *others
+    hidden, *others, _ = ACTIVATIONS["eager"]
+    return hidden + norms.count * norms.each, *others, norms.each
 
 
 def logit_bytes(shard: Shard, setting: Setting) -> float:

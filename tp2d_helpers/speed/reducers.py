@@ -57,16 +57,22 @@ class PeerCopies(Collectives):
         outboxes = self.handle.get_buffer(self.peer, inboxes.shape, inboxes.dtype)
         self.inboxes, self.outboxes = inboxes.split(elements), outboxes.split(elements)
         self.signals = self.handle.get_signal_pad(self.peer)
+        self.channels = self.signals.numel() // 2  # of a signal of each rank
         self.stream, self.turn, self.filled, self.pending = torch.cuda.Stream(), 0, 0, []
 
     def begin(self, part: torch.Tensor) -> None:
-        """As `Collectives.begin`, which small parts, and those of another dtype or beyond the inbox, are left to."""
+        """As `Collectives.begin`, to which are left small parts, those of another dtype, and what finds no room.
+
+        That is, in the inbox, or among the signals, of which each part needs a channel.
+        """
         inbox, outbox = self.inboxes[self.turn], self.outboxes[self.turn]
+        channel = 1 + 2 * len(self.pending) + self.turn
         small = part.numel() * part.element_size() < BYTES_TO_COPY
-        if small or part.dtype != inbox.dtype or self.filled + part.numel() > inbox.numel():
+        full = self.filled + part.numel() > inbox.numel() or channel >= self.channels
+        if small or full or part.dtype != inbox.dtype:
             super().begin(part)
             return
-        place, channel = slice(self.filled, self.filled + part.numel()), 1 + 2 * len(self.pending) + self.turn
+        place = slice(self.filled, self.filled + part.numel())
         self.filled += part.numel()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
