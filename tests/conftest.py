@@ -22,15 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, 
 import grid  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
-from transformers import CONFIG_MAPPING  # noqa: E402
+from tiny import TINY, tiny_shape  # noqa: E402
 
 from tp2d_helpers.cache import build_once, cache_dir  # noqa: E402
 from tp2d_helpers.config import make_config  # noqa: E402
 from tp2d_helpers.demo import build_model  # noqa: E402
 from tp2d_helpers.training.metrics import read_metrics  # noqa: E402
 
-TINY = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
-            vocab_size=2048, max_position_embeddings=256)  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": dict(model_type="qwen2", tie_word_embeddings=True),
     "qwen2-untied": dict(model_type="qwen2", tie_word_embeddings=False),
@@ -59,9 +57,7 @@ def family() -> Callable[..., Path]:
 
     def build(folder: Path, shape: dict[str, Any]) -> None:
         """As `demo.build_model`, and noise of 0.02 on every weight: a bias of zeros and a norm of ones hide faults."""
-        derived = isinstance(getattr(CONFIG_MAPPING[shape["model_type"]], "head_dim", None), property)
-        heads = {} if derived else dict(head_dim=8)
-        build_model(TINY | heads | dict(pad_token_id=None) | shape, folder, dtype=torch.float32)
+        build_model(tiny_shape(**shape), folder, dtype=torch.float32)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         draw = torch.Generator().manual_seed(1)
         noisy = {name: weight + 0.02 * torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}

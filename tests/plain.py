@@ -12,10 +12,30 @@ import torch
 import transformers
 from grid import Run
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
 from tp2d_helpers.model.lora import add_adapters, kinds
 from tp2d_helpers.model.plan import Plan
+
+
+PRODUCTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)
+# What classes of transformers multiply by themselves, by the ends of their names; what else they hold is a bias.
+OWN_PRODUCTS = {
+    "Router": r"weight",
+    "Experts": r"(gate_up|gate|up|down)_proj|weight",
+    "Rglru": r"(input|recurrent)_gate_weight",  # RecurrentGemma's
+}
+
+
+def decaying(model: torch.nn.Module) -> set[str]:
+    """The weights that are to decay, by the classes of the modules that hold them; another rule than the package's."""
+    found = set()
+    for module in model.modules():
+        own = next((names for end, names in OWN_PRODUCTS.items() if type(module).__name__.endswith(end)), "")
+        own = "weight" if isinstance(module, PRODUCTS) else own
+        found |= {id(p) for name, p in module.named_parameters(recurse=False) if re.fullmatch(own, name)}
+    return {name for name, p in model.named_parameters() if id(p) in found and p.requires_grad}
 
 
 def rate_of(settings: dict[str, Any], done: int, total: int) -> float:
@@ -44,15 +64,17 @@ def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after
     """
     torch.manual_seed(config["seed"])
     model = AutoModelForCausalLM.from_pretrained(config["model_name"], dtype=torch.float32).train()
+    for name, made in AutoModelForCausalLM.from_config(model.config).named_parameters():
+        model.get_parameter(name).requires_grad_(made.requires_grad)  # a class may freeze some
     if config["lora_rank"]:
         model = with_peft(model, config)
     share = config["dp_size"] * config["gradient_accumulation_steps"]
     whole = {**config, "batch_size_per_gpu": config["batch_size_per_gpu"] * share, "dp_size": 1,
              "gradient_accumulation_steps": 1}  # fmt: skip
     loader = create_dataloader(dp_rank=0, **data_settings(whole))
-    decaying = set(transformers.Trainer.get_decay_parameter_names(None, model))  # another rule than the package's
+    decays = decaying(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [[p for name, p in trained.items() if (name in decaying) == decays] for decays in (True, False)]
+    groups = [[p for name, p in trained.items() if (name in decays) == decay] for decay in (True, False)]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups if group])
     records = []
     for epoch in range(config["num_epochs"]):

@@ -29,6 +29,7 @@ from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, open_shards, whole_weight
 from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.plan import Plan
 
@@ -80,11 +81,15 @@ def export_checkpoint(
     lora = settings | {"model_name": model_name} if settings.get("lora_rank") else {}
     adapters = Adapters(model, plan, ranks, lora) if lora else None
     merged = adapters and adapters.merged(trust_remote_code)
+    frozen = {name for name, weight in tied.items() if not weight.requires_grad}  # by the class: in no checkpoint
+    begun = load_model(model_name, model.config.dtype, trust_remote_code) if frozen and not lora else None
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, or buffer."""
         if merged and name in tied:
             return merged(name)
+        if name in frozen:
+            return begun.get_parameter(name).detach().contiguous()
         return whole_weight(name, ranks, whole[name].shape, whole[name].dtype, plan.cuts.get(names.get(name, name)))
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 from typing import Any
 
 import deepspeed
@@ -19,12 +20,14 @@ from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
 from tp2d_helpers.model.apart import keep_documents_apart
+from tp2d_helpers.model.decay import parameter_groups
 from tp2d_helpers.model.divide import divide
 from tp2d_helpers.model.facts import loading_arguments
-from tp2d_helpers.model.lora import add_adapters, join
+from tp2d_helpers.model.lora import add_adapters, convert_what_is_trained, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.rehearsal import rehearse
+from tp2d_helpers.model.sharding import meta_model
 from tp2d_helpers.model.table import check_shards
 from tp2d_helpers.model.whole_weights import WholeWeights
 from tp2d_helpers.speed.agreement import everywhere
@@ -65,6 +68,8 @@ def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = Fa
     model = AutoModelForCausalLM.from_pretrained(model_name, **settings, **part)
     if part:  # else `save_pretrained` would write the names of the whole model's files again
         model._weight_conversions = None
+    for name, weight in meta_model(model.config).named_parameters():  # loading forgets what the class has frozen
+        model.get_parameter(name).requires_grad_(weight.requires_grad)
     model.config.use_cache = False
     startup.mark("weights")
     return model
@@ -143,13 +148,14 @@ def setup_model_with_autotp(
     layers = plan.partition_config(needs.summed)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=_optimizer(model, config),
+        optimizer=_optimizer(model, config, needs.undecayed),
         config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, layers),
         mpu=mpu,
     )
     check_shards(engine.module, planned)
     if adapters:
         join(engine.module, adapters)
+    convert_what_is_trained(engine.module)
     sum_gradients(engine, gradient_dtype(config, dtype))
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine, mpu)
@@ -159,18 +165,13 @@ def setup_model_with_autotp(
     return engine, mpu.tp_group, mpu.dp_group, mpu.tp_rank, mpu.dp_rank
 
 
-def _optimizer(model: torch.nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(model: torch.nn.Module, config: dict[str, Any], undecayed: Collection[str]) -> torch.optim.Optimizer:
     """AdamW in one kernel per step. Its learning rate is constant until it is given a schedule (training/schedule.py).
 
-    Matrices decay (embeddings and a stack of experts' are some); norms and biases don't: they scale and shift, and
-    shrinking them regularises nothing. Made before the weights are sharded: AutoTP puts the shards in their place.
+    Made before the weights are sharded: AutoTP puts the shards in their place.
     """
-    decay = config.get("weight_decay", 0.01)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=decay), dict(params=others, weight_decay=0.0)]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        parameter_groups(model, undecayed, config.get("weight_decay", 0.01)),
         lr=config.get("learning_rate", 1e-5),
         betas=(config.get("adam_beta1", 0.9), config.get("adam_beta2", 0.999)),
         eps=config.get("adam_epsilon", 1e-8),

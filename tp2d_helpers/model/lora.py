@@ -156,7 +156,6 @@ def add_adapters(
 def join(model: torch.nn.Module, adapters: dict[str, Adapter]) -> None:
     """Let each layer, now that AutoTP has made it, add its adapter's output to its own."""
     freeze(model)
-    _convert_what_is_trained(model)
     for name, adapter in adapters.items():
         layer = model.get_submodule(name)
         if adapter.cut is None:
@@ -169,7 +168,7 @@ def _add(adapter: Adapter, _: torch.nn.Module, args: tuple, output: torch.Tensor
     return output + adapter(args[0])
 
 
-def _convert_what_is_trained(model: torch.nn.Module) -> None:
+def convert_what_is_trained(model: torch.nn.Module) -> None:
     """A universal checkpoint is made of what the optimizer has: DeepSpeed looks for each weight that is listed."""
     frozen = {rf"^{re.escape(name)}$" for name, weight in model.named_parameters() if not weight.requires_grad}
     lists = getattr(model, UNIVERSAL_CHECKPOINT_INFO, {})  # by kind, the patterns of names

@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
+from tp2d_helpers.model.decay import undecayed
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.sharding import meta_model, random_model
 from tp2d_helpers.speed.logits import Logits, computed, delay_logits
@@ -43,6 +44,7 @@ class Rehearsal:
         blocks: modules whose column-wise layers all take the module's own input.
         divided_dropout: random numbers are drawn for divided activations: each rank of a TP group needs its own.
         whole_logits: why the loss can't take the logits in chunks; "" if it can.
+        undecayed: kinds of weights of two or more dimensions that don't decay (`decay.py`).
     """
 
     own_loss: bool = False
@@ -50,6 +52,7 @@ class Rehearsal:
     blocks: set[str] = field(default_factory=set)
     divided_dropout: bool = False
     whole_logits: str = ""
+    undecayed: set[str] = field(default_factory=set)
 
 
 def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehearsal:
@@ -75,7 +78,7 @@ def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
                 f"model_name: {hf_config.model_type!r} can't be trained on tokens and labels alone ({reason(error)})"
             ) from error
     _check_reach(model, loss)
-    return Rehearsal(own_loss, whole_logits=whole_logits)
+    return Rehearsal(own_loss, whole_logits=whole_logits, undecayed=undecayed(model, loss))
 
 
 def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsal:
@@ -98,7 +101,8 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
             "own random numbers, and on activations that are whole, where all need the same. Set one of them to 0 in "
             "the model's config.json (attention_dropout, or resid_pdrop, residual_dropout, …), or take tp_size 1"
         )
-    return Rehearsal(own_loss, summed, watch.blocks, "divided" in watch.random, whole_logits)
+    random = "divided" in watch.random
+    return Rehearsal(own_loss, summed, watch.blocks, random, whole_logits, undecayed(model, loss))
 
 
 def _pass(model: torch.nn.Module) -> tuple[torch.Tensor, bool, str]:
