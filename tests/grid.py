@@ -31,6 +31,9 @@ import torch.distributed as dist
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from ray.train import CheckpointUploadMode
 
+from tp2d_helpers.config import Config
+from tp2d_helpers.training.metrics import read_metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tp_autotp.ipynb"
 TIMEOUT = 300  # seconds for one run; a hang is a failure
@@ -212,6 +215,19 @@ class Run:
         return [record["loss"] for record in self.records]
 
 
+def trained(config: Config, patch: Callable | None = None) -> Run:
+    """Train on a grid (see `run_grid`) and return what the run left behind."""
+    answers = run_grid(config.model_dump(), after=final_weights, patch=patch)
+    return Run(
+        config.model_dump(),
+        read_metrics(config.run_dir / "metrics.jsonl"),
+        weights=answers[0][0],
+        replicated={name: all(answer[1][name] for answer in answers) for name in answers[0][1]},
+        sharded={name: any(answer[2][name] for answer in answers) for name in answers[0][2]},
+        copies={name: all(answer[3][name] for answer in answers) for name in answers[0][3]},
+    )
+
+
 def final_weights(
     engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup
 ) -> tuple[dict, dict, dict, dict]:
@@ -334,8 +350,7 @@ def assert_resumes_on_another_grid(whole: Run, folder: Path) -> None:
     """
     from tp2d_helpers.checkpoint.resize import convert
     from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
-    from tp2d_helpers.config import Config
-    from tp2d_helpers.training.metrics import keep_until, read_metrics
+    from tp2d_helpers.training.metrics import keep_until
 
     config = Config(**whole.config)
     shutil.copytree(config.run_dir, folder / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))

@@ -8,7 +8,7 @@ NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=64)
 ROUTED = dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1, **EXPERTS)
 WINDOW = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
-# What each adds to `conftest.TINY`: 2 layers, hidden size 64, 8 heads of 8, 4 key-value heads, MLP 176, 2,048 tokens.
+# What each adds to `tiny.TINY`: 2 layers, hidden size 64, 8 heads of 8, 4 key-value heads, MLP 176, 2,048 tokens.
 TYPES: dict[str, dict[str, Any]] = {
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(tie_word_embeddings=True, head_dim=16),
