@@ -40,9 +40,7 @@ TIMEOUT = 300  # seconds for one run; a hang is a failure
 # With what would be imported late in every process: DeepSpeed's optimizers bring a compiler along (1.5 s of CPU time).
 PRELOAD = ["tp2d_helpers.preflight.plan", "tp2d_helpers.train", "ray.train.torch", "ray.tune",
            "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3",
-           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "pytest",
-           "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
-           "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen3.modeling_qwen3"]  # fmt: skip
+           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "pytest", "warm"]  # fmt: skip
 # The server must have these as it starts: a process forked from one that has looked for a GPU can't be told otherwise,
 # and Python 3.11's server takes the import path of what it preloads from the environment and, unless the path is
 # "safe", from the current folder.
