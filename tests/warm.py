@@ -12,7 +12,7 @@ import transformers.trainer_utils  # noqa: F401 (brings peft along)
 from families import TYPES
 from transformers import CONFIG_MAPPING
 
-for kind in TYPES:
+for kind in TYPES.keys() & CONFIG_MAPPING.keys():  # older transformers have fewer
     importlib.import_module(CONFIG_MAPPING[kind].__module__.replace(".configuration_", ".modeling_"))
 
 with contextlib.suppress(ImportError):

@@ -19,7 +19,7 @@ from typing import Any
 
 import tiny
 from families import TYPES
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import ALL, kinds, targets
@@ -85,7 +85,7 @@ def draw_training(choose: Random) -> Case:
 
 def draw_model(choose: Random) -> dict[str, Any]:
     """A type of `families.TYPES`, its shape as it is there or with up to three fields otherwise."""
-    kind = choose.choice(list(TYPES))
+    kind = choose.choice([kind for kind in TYPES if kind in CONFIG_MAPPING])  # older transformers have fewer
     shape = dict(TYPES[kind])
     if choose.random() < 0.35:
         return dict(model_type=kind, **shape)
@@ -122,6 +122,8 @@ def draw_grid(choose: Random, training: Case, ranks: int, compiles: float = 0.0,
     stand_ins: dict[str, Any] = {}
     if choose.random() < 0.4:
         stand_ins["rows"] = choose.choice([7, 43])
+    if isinstance(training["training"]["packing"], str) and choose.random() < 0.4:
+        stand_ins["attend"] = True
     if choose.random() < 0.25:
         stand_ins["graphs"] = True
     elif choose.random() < compiles:

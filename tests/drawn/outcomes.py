@@ -16,6 +16,7 @@ from typing import Any
 
 import grid
 import pytest
+import torch
 from combinations import ONE_PROCESS, Case, settings_of, simpler
 from grid import Run, assert_alike_on_all_ranks, assert_equal_runs, differences
 from materials import accept, data_of, model_of
@@ -25,9 +26,11 @@ from replay import Replay
 from tp2d_helpers.checkpoint.resize import convert
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.model import engine
+from tp2d_helpers.model.apart import why_masked
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.rehearsal import rehearse
-from tp2d_helpers.speed import cross_entropy, graphs, layers, loss, optimizations
+from tp2d_helpers.speed import cross_entropy, documents, graphs, layers, loss, optimizations
 from tp2d_helpers.training.metrics import keep_until
 
 LOSS, NORM = 0.01, 0.03  # tolerances in bf16 and fp16, relative
@@ -139,7 +142,7 @@ def compare(run: Run, one: Run) -> str:
 
 
 def stand_in(given: str, names: dict[str, Any]) -> None:
-    """For `trained(patch=)`: small chunks of the loss, replayed passes, another backend of the compiler."""
+    """For `trained(patch=)`: chunks of the loss, replayed passes, attention by document, a compiler's backend."""
     chosen, stand_ins = optimizations.chosen_optimizations, json.loads(given)
     if "rows" in stand_ins:
         cross_entropy.ROWS, loss.worth_chunks = stand_ins["rows"], lambda *_: True
@@ -151,6 +154,14 @@ def stand_in(given: str, names: dict[str, Any]) -> None:
 
         optimizations.chosen_optimizations = with_graphs
         graphs._graphed, graphs._waits_for_host = Replay, lambda *_: True
+    if "attend" in stand_ins:
+
+        def keep_apart(model: torch.nn.Module) -> None:
+            """As on a GPU, without its kernel."""
+            if not why_masked(model.config, torch.bfloat16):
+                model.set_attn_implementation(documents.NAME)
+
+        engine.keep_documents_apart = keep_apart
     if "backend" in stand_ins:
         layers.compile_layers = functools.partial(layers.compile_layers, backend=stand_ins["backend"])
 
