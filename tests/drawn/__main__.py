@@ -72,7 +72,8 @@ def _draw(arguments: argparse.Namespace) -> None:
         finally:
             for worker in workers:
                 worker.kill()
-    print(summary([json.loads(line) for line in arguments.results.read_text().splitlines()]))
+    rows = arguments.results.read_text().splitlines() if arguments.results.exists() else []
+    print(summary([json.loads(row) for row in rows]))
 
 
 def _work(arguments: argparse.Namespace) -> None:
