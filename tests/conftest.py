@@ -20,14 +20,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=f"{CACHE.name}/datasets"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package, whatever the current folder
 
 import grid  # noqa: E402
-import safetensors.torch  # noqa: E402
+import tiny  # noqa: E402
 import torch  # noqa: E402
-from tiny import TINY, tiny_shape  # noqa: E402
+from tiny import TINY  # noqa: E402
 
 from tp2d_helpers.cache import build_once, cache_dir  # noqa: E402
 from tp2d_helpers.config import make_config  # noqa: E402
 from tp2d_helpers.demo import build_model  # noqa: E402
-from tp2d_helpers.training.metrics import read_metrics  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": dict(model_type="qwen2", tie_word_embeddings=True),
@@ -54,21 +53,7 @@ def tiny_model() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def family() -> Callable[..., Path]:
     """family(model_type, **shape): the folder of a tiny model whose biases and norms are random, too."""
-
-    def build(folder: Path, shape: dict[str, Any]) -> None:
-        """As `demo.build_model`, and noise of 0.02 on every weight: a bias of zeros and a norm of ones hide faults."""
-        build_model(tiny_shape(**shape), folder, dtype=torch.float32)
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-        draw = torch.Generator().manual_seed(1)
-        noisy = {name: weight + 0.02 * torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
-        safetensors.torch.save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def folder(model_type: str, **shape: Any) -> Path:
-        """Built on first use."""
-        place = cache_dir() / "-".join(["family", model_type, *(f"{name}={value}" for name, value in shape.items())])
-        return build_once(place, lambda scratch: build(scratch, dict(model_type=model_type, **shape)))
-
-    return folder
+    return tiny.family
 
 
 @pytest.fixture(scope="session")
@@ -88,15 +73,7 @@ def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
             learning_rate=1e-3, warmup_steps=4, storage_path=str(tmp_path_factory.mktemp("run")),
         )  # fmt: skip
         config = make_config(**{**defaults, **settings})
-        answers = grid.run_grid(config.model_dump(), after=grid.final_weights, patch=patch)
-        return grid.Run(
-            config.model_dump(),
-            read_metrics(config.run_dir / "metrics.jsonl"),
-            weights=answers[0][0],
-            replicated={name: all(answer[1][name] for answer in answers) for name in answers[0][1]},
-            sharded={name: any(answer[2][name] for answer in answers) for name in answers[0][2]},
-            copies={name: all(answer[3][name] for answer in answers) for name in answers[0][3]},
-        )
+        return grid.trained(config, patch)
 
     return run
 

@@ -31,15 +31,16 @@ import torch.distributed as dist
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from ray.train import CheckpointUploadMode
 
+from tp2d_helpers.config import Config
+from tp2d_helpers.training.metrics import read_metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tp_autotp.ipynb"
 TIMEOUT = 300  # seconds for one run; a hang is a failure
 # With what would be imported late in every process: DeepSpeed's optimizers bring a compiler along (1.5 s of CPU time).
 PRELOAD = ["tp2d_helpers.preflight.plan", "tp2d_helpers.train", "ray.train.torch", "ray.tune",
            "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.runtime.superoffload.superoffload_stage3",
-           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "pytest",
-           "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
-           "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen3.modeling_qwen3"]  # fmt: skip
+           "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer", "pytest", "warm"]  # fmt: skip
 # The server must have these as it starts: a process forked from one that has looked for a GPU can't be told otherwise,
 # and Python 3.11's server takes the import path of what it preloads from the environment and, unless the path is
 # "safe", from the current folder.
@@ -214,6 +215,19 @@ class Run:
         return [record["loss"] for record in self.records]
 
 
+def trained(config: Config, patch: Callable | None = None) -> Run:
+    """Train on a grid (see `run_grid`) and return what the run left behind."""
+    answers = run_grid(config.model_dump(), after=final_weights, patch=patch)
+    return Run(
+        config.model_dump(),
+        read_metrics(config.run_dir / "metrics.jsonl"),
+        weights=answers[0][0],
+        replicated={name: all(answer[1][name] for answer in answers) for name in answers[0][1]},
+        sharded={name: any(answer[2][name] for answer in answers) for name in answers[0][2]},
+        copies={name: all(answer[3][name] for answer in answers) for name in answers[0][3]},
+    )
+
+
 def final_weights(
     engine: Any, tp_group: dist.ProcessGroup, dp_group: dist.ProcessGroup
 ) -> tuple[dict, dict, dict, dict]:
@@ -333,8 +347,7 @@ def assert_resumes_on_another_grid(whole: Run, folder: Path) -> None:
     """
     from tp2d_helpers.checkpoint.resize import convert
     from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
-    from tp2d_helpers.config import Config
-    from tp2d_helpers.training.metrics import keep_until, read_metrics
+    from tp2d_helpers.training.metrics import keep_until
 
     config = Config(**whole.config)
     shutil.copytree(config.run_dir, folder / "copy", ignore=shutil.ignore_patterns("logs", "heartbeats"))

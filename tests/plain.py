@@ -87,7 +87,7 @@ def plain_run(config: dict[str, Any], later: dict[str, Any] | None = None, after
                 group.update(lr=rate, weight_decay=decay, **adam)
             loss = model(**batch, use_cache=False).loss
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), now["max_grad_norm"])
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), now["max_grad_norm"] or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             records.append(dict(step=len(records) + 1, epoch=epoch, loss=loss.item(), grad_norm=norm.item(),

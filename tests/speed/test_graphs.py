@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grid import Run, assert_equal_runs, run_grid
-from replays import wrong_gradients
+from replay import Replay, wrong_gradients
 from transformers import masking_utils
 
 from tp2d_helpers.config import make_config
@@ -26,45 +26,6 @@ from tp2d_helpers.speed.optimizations import chosen_optimizations
 
 Train = Callable[..., Run]
 SHAPE = (2, 64)
-
-
-class Replay:
-    """Stands in for `torch.cuda.make_graphed_callables`."""
-
-    made = 0
-
-    def __init__(self, passes: Callable[..., torch.Tensor], sample: tuple[torch.Tensor, ...]) -> None:
-        Replay.made += 1
-        self.passes, self.sample = passes, sample
-        self.output, self.gradients = torch.empty(()), [torch.empty_like(t) for t in sample if t.requires_grad]
-
-    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
-        return Passes.apply(self, *tensors)
-
-
-class Passes(torch.autograd.Function):
-    """A replay of each pass."""
-
-    @staticmethod
-    def forward(ctx: Any, replay: Replay, *tensors: torch.Tensor) -> torch.Tensor:
-        for place, tensor in zip(replay.sample, tensors, strict=True):
-            if place.requires_grad:
-                assert place.data_ptr() == tensor.data_ptr(), "a weight was moved"
-            else:
-                place.copy_(tensor)
-        with torch.enable_grad():
-            replay.loss = replay.passes(*replay.sample)
-        ctx.replay = replay
-        return replay.output.copy_(replay.loss.detach()).detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        replay = ctx.replay
-        weights = [tensor for tensor in replay.sample if tensor.requires_grad]
-        for place, now in zip(replay.gradients, torch.autograd.grad(replay.loss, weights, gradient), strict=True):
-            place.copy_(now)
-        gradients = iter(replay.gradients)
-        return None, *[next(gradients).detach() if tensor.requires_grad else None for tensor in replay.sample]
 
 
 def _replay(names: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grid import Run, assert_alike_on_all_ranks, assert_equal_runs
-from replays import wrong_gradients
+from replay import wrong_gradients
 
 from tp2d_helpers.config import OPTIMIZATIONS
 from tp2d_helpers.speed import graphs, reducers, reductions
