@@ -18,7 +18,6 @@ from tp2d_helpers.data.dataloader import create_dataloader, data_settings, globa
 from tp2d_helpers.model.lora import add_adapters, kinds
 from tp2d_helpers.model.plan import Plan
 
-
 PRODUCTS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, Conv1D)
 # What classes of transformers multiply by themselves, by the ends of their names; what else they hold is a bias.
 OWN_PRODUCTS = {
