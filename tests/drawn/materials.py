@@ -94,10 +94,12 @@ def data_of(kind: str) -> str:
 
 def _once(function: Callable) -> Callable:
     """It is asked of the same model at the same tp_size for each grid that is drawn for it. Errors are kept, too."""
-    found: dict[tuple[str, int], Any] = {}
+    found: dict[tuple[str, int, str], Any] = {}
 
     def ask(hf_config: PreTrainedConfig, tp_size: int = 1, *more: Any) -> Any:
-        key = hf_config.to_json_string(use_diff=False), tp_size
+        names = ("optimizations", "zero_stage", "activation_checkpointing", "lora_rank", "lora_targets")
+        asked = [settings.get(name) for settings in more if isinstance(settings, dict) for name in names]
+        key = hf_config.to_json_string(use_diff=False), tp_size, str(asked)
         if key not in found:
             try:
                 found[key] = function(hf_config, tp_size, *more)
