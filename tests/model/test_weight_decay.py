@@ -100,7 +100,10 @@ def test_groups() -> None:
         "frozen": torch.nn.Linear(2, 2).requires_grad_(False),
     })  # fmt: skip
     groups = parameter_groups(model, {"experts.0"}, 0.3)
-    assert [[tuple(p.shape) for p in group["params"]] for group in groups] == [[(4, 3)], [(2, 3, 4), (4,), (4,), (4,), ()]]
+    assert [[tuple(p.shape) for p in group["params"]] for group in groups] == [
+        [(4, 3)],
+        [(2, 3, 4), (4,), (4,), (4,), ()],
+    ]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     (only,) = parameter_groups(torch.nn.Linear(2, 2, bias=False), (), 0.01)  # DeepSpeed can't do with an empty one
     assert only["weight_decay"] == 0.01
