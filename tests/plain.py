@@ -99,8 +99,12 @@ def with_peft(model: transformers.PreTrainedModel, config: dict[str, Any]) -> pe
     """The model with peft's adapters, which begin with the numbers that the package draws."""
     other = copy.deepcopy(model)
     ours = add_adapters(other, config, Plan(1), None)
-    lora = peft.LoraConfig(r=config["lora_rank"], lora_alpha=config["lora_alpha"], target_modules=kinds(ours),
-                           bias="none", lora_dropout=config["lora_dropout"], task_type="CAUSAL_LM")  # fmt: skip
+    # Of a mixture, peft takes names of an MLP's layers for the experts'.
+    mlps = [name for name in ours if ".mlp." in name and hasattr(model.config, "num_experts_per_tok")]
+    lora = peft.LoraConfig(r=config["lora_rank"], lora_alpha=config["lora_alpha"], bias="none",
+                           target_modules=kinds(name for name in ours if name not in mlps),
+                           target_parameters=[f"{name}.weight" for name in mlps] or None,
+                           lora_dropout=config["lora_dropout"], task_type="CAUSAL_LM")  # fmt: skip
     model = peft.get_peft_model(model, lora).train()
     for layer, adapter in ours.items():
         model.get_submodule(f"base_model.model.{layer}.lora_A.default").weight.data.copy_(adapter.A)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tp2d_helpers.checkpoint.files import write_json
-from tp2d_helpers.checkpoint.run_folder import FORMAT, last_step, read_manifest, write_manifest
+from tp2d_helpers.checkpoint.run_folder import FORMAT, check_origin, last_step, read_manifest, write_manifest
 from tp2d_helpers.checkpoint.settings import continue_run, record_run
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.data.dataset import TokenDataset
@@ -283,5 +284,22 @@ def test_a_checkpoint_of_an_older_version_is_refused(first: Config) -> None:
     manifest = read_manifest(folder)
     assert manifest.pop("format") == FORMAT
     write_json(folder / "rank_0.json", manifest)
-    with pytest.raises(ConfigError, match=r"checkpoint_00000003: written by .* version .* \(format 1, not 2\)"):
+    with pytest.raises(ConfigError, match=r"checkpoint_00000003: written by .* version .* \(format 1, not 3\)"):
         continue_run(first)
+
+
+@pytest.mark.parametrize("kind, settings, refused", [
+    ("llama", {}, False), ("cohere", {}, True), ("ernie4_5_moe", {}, True), ("qwen2_moe", {}, False),
+    ("qwen2_moe", dict(lora_rank=4, lora_targets="all-linear"), True),
+    ("qwen2_moe", dict(lora_rank=4, lora_targets="shared_expert_gate"), False),
+    ("cohere", dict(lora_rank=4, lora_targets="all-linear"), False),
+])  # fmt: skip
+def test_format_2_is_refused_where_another_was_trained(
+    family: Callable[..., Path], tmp_path: Path, kind: str, settings: dict[str, Any], refused: bool
+) -> None:
+    """Other weights decayed, were frozen or had an adapter; all other runs go on."""
+    shape = dict(cohere=dict(use_qk_norm=True), qwen2_moe=dict(num_experts=4, shared_expert_intermediate_size=48))
+    run = {"model_name": str(family(kind, **shape.get(kind, {}))), **settings}
+    write_json(tmp_path / "rank_0.json", {"format": 2, "settings": run})
+    with pytest.raises(ConfigError, match="format 2, not 3") if refused else contextlib.nullcontext():
+        check_origin(tmp_path, False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +14,19 @@ import grid
 import peft
 import pytest
 import torch
+from families import FROZEN, TYPES
 from plain import plain_run
+from tiny import tiny_shape
 from transformers import AutoModelForCausalLM
 
+from tp2d_helpers.checkpoint.adapters import Adapters
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.model.lora import Adapter, adapter_parameters, targets
+from tp2d_helpers.model.lora import Adapter, adapter_parameters, kinds, targets
+from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.preflight.checks import check_lora
+from tp2d_helpers.speed.mixtures import routers
 from tp2d_helpers.training.metrics import read_metrics
 
 LORA = dict(lora_rank=4, lora_alpha=8.0, debug_steps=8, learning_rate=1e-2)
@@ -178,6 +185,85 @@ def test_conv1d_at_tp_1(family: Callable[..., Path], train: Callable[..., grid.R
         merged = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
         adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")(ids).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5)
+
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "glm4_moe", "dots1", "ernie4_5_moe"]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_adapters_of_mixtures_in_peft(family: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """Any adapters, all layers': peft gives the logits of the merged weights, with no weight too many or too few."""
+    base = str(family(kind, **(TYPES | FROZEN)[kind]))
+    facts, draw = ModelFacts.read(base), torch.Generator().manual_seed(0)
+    drawn, layers = {}, targets(facts.meta, "all-linear")
+    if kind == "qwen2_moe":  # what is in a checkpoint counts: an older version's "all-linear" took routers, too
+        layers |= targets(facts.meta, "shared_expert_gate")
+    for layer, (inputs, outputs) in layers.items():
+        drawn |= {f"{layer}_lora.A": torch.randn(4, inputs, generator=draw) / 8}
+        drawn |= {f"{layer}_lora.B": torch.randn(outputs, 4, generator=draw) / 8}
+    facts.config.dtype = torch.float32
+    shards = {name: (matrix.shape, [matrix]) for name, matrix in drawn.items()}
+    adapters = Adapters(facts, Plan(1), [shards], make_config(model_name=base, **LORA).model_dump())
+    assert adapters.targets == layers
+    adapters.save(tmp_path / "adapter")
+    weight, merged = adapters.merged(False), AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    begun, ids = copy.deepcopy(merged), torch.arange(40).view(2, 20)
+    for name, parameter in merged.named_parameters():
+        parameter.data = weight(name)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(adapter keys|did not match)")
+        wanted, before = merged(ids).logits, begun(ids).logits
+        adapted = peft.PeftModel.from_pretrained(begun, tmp_path / "adapter")(ids).logits
+    assert (wanted - before).abs().max() > 0.05
+    torch.testing.assert_close(adapted, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "glm4_moe"])
+def test_mixtures_at_tp_1_and_2(train: Callable[..., grid.Run], family: Callable[..., Path], kind: str) -> None:
+    """Phi-3.5-MoE, whose router is a linear layer that returns a tuple, and layers with experts beside some without."""
+    model = family(kind, **TYPES[kind])
+    run = train(model, **LORA)
+    grid.assert_equal_runs(run, plain_run(run.config))
+    grid.assert_equal_runs(train(model, **LORA, tp_size=2), run)
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_targets_of_mixtures(kind: str) -> None:
+    """Experts and routers stay frozen, whatever they are to their class, and preflight says so."""
+    model = ModelFacts.of_shape(tiny_shape(kind, **(TYPES | FROZEN)[kind]))
+    dense = MLP if kind in ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe") else []
+    assert {*kinds(targets(model.meta, "all-linear"))} == {*ATTENTION, *dense}
+    ((_, _, row),) = check_lora(make_config(lora_rank=8), model)
+    assert row.endswith("; experts and routers stay frozen")
+    with pytest.raises(ConfigError, match=r"called gate_up_proj \(a mixture's experts are none\); .* of q_proj"):
+        check_lora(make_config(lora_rank=8, lora_targets="q_proj,gate_up_proj"), model)
+
+
+def test_routers_by_name() -> None:
+    """One that is a linear layer like any other can be asked for; one that returns more than a product is refused."""
+    model = ModelFacts.of_shape(tiny_shape("qwen2_moe", **TYPES["qwen2_moe"]))
+    ((_, _, row),) = check_lora(make_config(lora_rank=8, lora_targets="shared_expert_gate"), model)
+    assert row.endswith("on shared_expert_gate; experts stay frozen")
+    model = ModelFacts.of_shape(tiny_shape("phimoe", **TYPES["phimoe"]))
+    with pytest.raises(ConfigError, match=r"lora_targets = 'router': no adapter can stand beside a PhimoeTopKRouter"):
+        check_lora(make_config(lora_rank=8, lora_targets="router"), model)
+
+
+@pytest.mark.parametrize("kind, found", [
+    ("qwen2_moe", {"shared_expert_gate"}), ("phimoe", {"router"}), ("jamba", {"router"}), ("hunyuan_v1_moe", {"wg"}),
+    ("jetmoe", {"layer"}), ("afmoe", {"gate"}), ("qwen3_next", {"shared_expert_gate"}), ("glm4_moe", set()),
+    ("llama", set()), ("falcon", set()), ("stablelm", set()), ("recurrent_gemma", set()),
+])  # fmt: skip
+def test_routers(kind: str, found: set[str]) -> None:
+    """Whatever they are called; and none where nothing is routed. Qwen3-Next's shared expert is as wide as 512."""
+    hybrid = dict(jamba=dict(expert_layer_period=1, expert_layer_offset=0), hunyuan_v1_moe=dict(num_experts=4),
+                  recurrent_gemma=dict(num_hidden_layers=3))  # fmt: skip
+    model = ModelFacts.of_shape(tiny_shape(kind, **(hybrid | TYPES).get(kind, {}))).meta
+    assert {*kinds(name for name, module in model.named_modules() if module in routers(model))} == found
 
 
 def test_targets_that_are_not_there(tiny_model: Callable[[str], Path]) -> None:

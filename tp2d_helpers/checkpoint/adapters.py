@@ -17,8 +17,12 @@ from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import SUFFIX, adapter_cut, kinds, targets
 from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.speed.mixtures import blocks_of_experts
 
 PREFIX = "base_model.model."  # that peft puts before a module's name
+# In a mixture, peft takes targets of these names for the experts that transformers 4 had, whatever stands before them
+# (`_convert_peft_config_moe`). Dense layers and shared experts have them, too: their weights are named instead.
+OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 class Adapters:
@@ -34,8 +38,12 @@ class Adapters:
     def __init__(self, model: ModelFacts, plan: Plan, ranks: list[dict[str, Pieces]], settings: dict[str, Any]) -> None:
         self.ranks, self.settings = ranks, settings
         self.rank, self.dtype = settings["lora_rank"], model.config.dtype
-        self.cuts = {name: adapter_cut(plan, name) for name in targets(model.meta, settings["lora_targets"])}
-        self.targets = targets(model.meta, settings["lora_targets"])
+        self.meta, self.targets = model.meta, targets(model.meta, settings["lora_targets"])
+        # An older version's "all-linear" took routers, too.
+        had = {name.removesuffix(f"{SUFFIX}.A") for name in ranks[0] if name.endswith(f"{SUFFIX}.A")}
+        if more := had - self.targets.keys():
+            self.targets |= {n: s for n, s in targets(model.meta, ",".join(kinds(more))).items() if n in more}
+        self.cuts = {name: adapter_cut(plan, name) for name in self.targets}
         # GPT-2's layers keep their weights as [in, out].
         self.transposed = isinstance(model.meta.get_submodule(next(iter(self.targets))), Conv1D)
 
@@ -76,16 +84,27 @@ class Adapters:
             A, B = self.matrices(layer)
             tensors |= {f"{PREFIX}{layer}.lora_A.weight": A, f"{PREFIX}{layer}.lora_B.weight": B}
         safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        modules, weights = self._named()
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.settings["model_name"],
             "r": self.rank,
             "lora_alpha": self.settings["lora_alpha"],
-            "lora_dropout": self.settings["lora_dropout"],
-            "target_modules": kinds(self.targets),
+            # Of training alone, and peft can't have it with weights as targets.
+            "lora_dropout": 0.0 if weights else self.settings["lora_dropout"],
+            "target_modules": modules,
             "fan_in_fan_out": self.transposed,
             "bias": "none",
             "inference_mode": True,
-        }
+        } | ({"target_parameters": weights} if weights else {})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _named(self) -> tuple[list[str], list[str]]:
+        """`target_modules`: by the last parts of their names, where no other module has it; and `target_parameters`."""
+        others = kinds(name for name, _ in self.meta.named_modules() if name not in self.targets)
+        mixture = bool(blocks_of_experts(self.meta))
+        weights = [name for name in self.targets if mixture and name.rpartition(".")[2] in OF_EXPERTS]
+        modules = [name for name in self.targets if name not in weights]
+        short = {name: last if (last := name.rpartition(".")[2]) not in others else name for name in modules}
+        return list(dict.fromkeys(short.values())), [f"{name}.weight" for name in weights]

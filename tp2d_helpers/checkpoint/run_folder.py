@@ -20,7 +20,7 @@ from typing import Any
 from tp2d_helpers.checkpoint.files import read_json, write_json
 from tp2d_helpers.config import Config, ConfigError
 
-FORMAT = 2  # of a checkpoint: 1 had one parameter group, whose norms and biases decayed
+FORMAT = 3  # of a checkpoint: 1 had one parameter group, whose norms and biases decayed; for 2, see `older.py`
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
@@ -180,11 +180,15 @@ def check_origin(folder: Path, trusted: bool) -> None:
             f"{folder}: not written by this run (its run_id is {then!r}, this run's {now!r}). Checkpoints are pickles; "
             "remove it, or set trust_checkpoint to True if you know where it comes from"
         )
-    if manifest.get("format") != FORMAT:
+    form = manifest.get("format", 1)
+    if form == 2:
+        from tp2d_helpers.checkpoint.older import trains_otherwise  # the folder itself is read without libraries
+
+    if form < 2 or (form == 2 and trains_otherwise(manifest["settings"])):
         raise ConfigError(
-            f"{folder}: written by a version of this package that let norms and biases decay (format "
-            f"{manifest.get('format', 1)}, not {FORMAT}). Go on with that version, or export it and begin a run with "
-            "the export as model_name"
+            f"{folder}: written by a version of this package that let other weights decay, such as norms and biases, "
+            f"or put LoRA on other layers (format {form}, not {FORMAT}). Go on with that version, or export it and "
+            "begin a run with the export as model_name"
         )
 
 

@@ -62,7 +62,7 @@ def kind_of(name: str) -> str:
 
 
 def parameter_groups(model: torch.nn.Module, undecayed: Collection[str], decay: float) -> list[dict[str, Any]]:
-    """The optimizer's groups, of what is trained: what decays, and what doesn't. None is empty, as DeepSpeed wants it.
+    """The optimizer's groups, of what is trained: what decays, what doesn't. None is empty: DeepSpeed can't have it.
 
     Args:
         undecayed: kinds of weights of two or more dimensions that don't. LoRA's are none.

@@ -34,6 +34,7 @@ from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.styles import ROW
 from tp2d_helpers.speed.frozen import freeze
 from tp2d_helpers.speed.layers import decoder_layers
+from tp2d_helpers.speed.mixtures import blocks_of_experts, routers
 
 LINEAR = (torch.nn.Linear, Conv1D)
 ALL = "all-linear"  # of `lora_targets`
@@ -86,26 +87,49 @@ class Adapter(torch.nn.Module):
 def targets(model: torch.nn.Module, lora_targets: str) -> dict[str, tuple[int, int]]:
     """The layers that get an adapter, by name, and their (in, out) features. A meta model will do.
 
-    These are linear layers of the decoder: never the embedding or the head.
+    These are linear layers of the decoder: never the embedding or the head. A mixture's experts and most routers are
+    none. "all-linear" leaves out the routers that are: whether they are is a whim of the class.
 
     Args:
         lora_targets: "all-linear", or the last parts of their names, with commas between.
 
     Raises:
-        ConfigError: for a name that none of them has.
+        ConfigError: for a name that none of them has, or of one that can't have an adapter.
     """
     inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
     linear = {name: m for name, m in model.named_modules() if id(m) in inside and isinstance(m, LINEAR)}
-    known = kinds(linear)
-    wanted = known if lora_targets == ALL else [name.strip() for name in lora_targets.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in known]
-    if unknown or not wanted:
+    able = {name: m for name, m in linear.items() if _is_product(m)}
+    if lora_targets == ALL:
+        left_out = routers(model)
+        found = {name: m for name, m in able.items() if m not in left_out}
+        wanted = kinds(found)
+    else:
+        wanted = [name.strip() for name in lora_targets.split(",") if name.strip()]
+        found = {name: m for name, m in able.items() if name.rpartition(".")[2] in wanted}
+    unknown = [name for name in wanted if name not in kinds(found)]
+    if unknown or not found:
+        why = f"no linear layer of the decoder is called {', '.join(unknown) or 'so'}"
+        why += " (a mixture's experts are none)" * bool(blocks_of_experts(model))
+        if odd := [m for name, m in linear.items() if name not in able and name.rpartition(".")[2] in unknown]:
+            why = f"no adapter can stand beside a {type(odd[0]).__name__}, which returns something else than a product"
         raise ConfigError(
-            f"lora_targets = {lora_targets!r}: no linear layer of the decoder is called {', '.join(unknown) or 'so'}; "
-            f"must be {ALL!r}, or some of {', '.join(known) or '(this model has none)'}"
+            f"lora_targets = {lora_targets!r}: {why}; must be {ALL!r}, or some of "
+            f"{', '.join(kinds(able)) or '(this model has none)'}"
         )
-    found = {name: m for name, m in linear.items() if name.rpartition(".")[2] in wanted}
     return {name: tuple(m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for name, m in found.items()}
+
+
+def _is_product(layer: torch.nn.Module) -> bool:
+    """Whether a linear layer returns what it must: Falcon's own class does, the router of Phi-3.5-MoE a tuple."""
+    if type(layer) in LINEAR:
+        return True
+    outputs, inputs = layer.weight.shape
+    try:
+        with torch.no_grad():
+            y = layer(layer.weight.new_zeros(1, 2, inputs))
+    except Exception:
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (1, 2, outputs)
 
 
 def kinds(layers: Iterable[str]) -> list[str]:

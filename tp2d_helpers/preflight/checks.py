@@ -29,6 +29,7 @@ from tp2d_helpers.speed.devices import Device, device_named
 from tp2d_helpers.speed.float8 import GRANULE
 from tp2d_helpers.speed.gradients import in_fp32
 from tp2d_helpers.speed.layers import decoder_layers
+from tp2d_helpers.speed.mixtures import blocks_of_experts, routers
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
@@ -115,7 +116,11 @@ def check_lora(config: Config, model: ModelFacts) -> list[tuple[str, str, str]]:
         )
     trained = adapter_parameters(model.meta, config.model_dump())
     found = f"{trained:,} parameters are trained, {100 * trained / model.parameters:.2g} % of the model's"
-    return [("LoRA", found, f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {', '.join(names)}")]
+    on = f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, on {', '.join(names)}"
+    if blocks_of_experts(model.meta):
+        weighed = any(model.meta.get_submodule(name) in routers(model.meta) for name in layers)
+        on += f"; experts{' and routers' * (not weighed)} stay frozen"
+    return [("LoRA", found, on)]
 
 
 def check_memory(config: Config, model: ModelFacts, resources: dict[str, float]) -> list[tuple[str, str, str]]:

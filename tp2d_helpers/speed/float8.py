@@ -16,11 +16,11 @@ import torch
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.speed.layers import ColumnLinear, RowLinear, decoder_layers
+from tp2d_helpers.speed.mixtures import routers
 
 E4M3 = torch.float8_e4m3fn
 TOP = torch.finfo(E4M3).max
 GRANULE = 16  # what fp8 matmuls want their sides to be multiples of
-ROUTERS = ("gate", "router", "shared_expert_gate")  # few outputs, on which much depends
 
 
 def cast(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -154,14 +154,15 @@ def compute_in_fp8(engine: deepspeed.DeepSpeedEngine, compiled: bool) -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
         raise ConfigError(f"precision = 'fp8': {torch.cuda.get_device_name()} lacks it; take 'bf16'")
     model, found = engine.module, []
+    kept = routers(model)
     for layer in decoder_layers(model):
-        for name, module in layer.named_modules():
+        for module in layer.modules():
             columns = [child for child in module.children() if isinstance(child, ColumnLinear)]
             if columns and _suits(columns):
                 module.float8 = Weights(columns)
                 found.append(module.float8)
             replaced = {torch.nn.Linear: Linear, RowLinear: RowLinear8}.get(type(module))
-            if replaced and name.rpartition(".")[2] not in ROUTERS and _suits([module]):
+            if replaced and module not in kept and _suits([module]):
                 module.__class__, module.float8 = replaced, Weights([module])
                 found.append(module.float8)
     if not found:
