@@ -132,12 +132,25 @@ def test_a_gpu_that_is_not_known_is_named() -> None:
     ]
 
 
-def test_the_largest_of_several_gpus_counts() -> None:
+def test_the_smallest_of_several_gpus_counts() -> None:
+    """A worker may get it, whatever the order in which Ray names them."""
     config = make_config(**{**TOO_LARGE, "batch_size_per_gpu": 4})
-    both = {"accelerator_type:L4": 1.0, "accelerator_type:H200": 1.0}
-    assert check_memory(config, SEVEN, both)
-    with pytest.raises(ConfigError, match=r"L4 has 22\.0 GiB"):
-        check_memory(config, SEVEN, {"accelerator_type:L4": 1.0})
+    assert check_memory(config, SEVEN, {"accelerator_type:H200": 1.0})
+    for types in (["L4", "H200"], ["H200", "L4"], ["L4"]):
+        with pytest.raises(ConfigError, match=r"L4 has 22\.0 GiB"):
+            check_memory(config, SEVEN, {f"accelerator_type:{name}": 1.0 for name in types})
+
+
+def test_the_fewest_replicas_count() -> None:
+    """7B at ZeRO 1 fits into two H200 and not into one: a run that may shrink to one is refused before it does."""
+    settings = dict(use_gpu=True, tp_size=1, dp_size=2, seq_length=64, gradient_accumulation_steps=2, lora_rank=0)
+    config, gpus = make_config(**settings), {"accelerator_type:H200": 1.0}
+    [(_, found, _)] = check_memory(config, SEVEN, gpus)
+    assert found.endswith("GiB per GPU")
+    [(_, found, _)] = check_memory(config.change(dp_size=4, min_dp_size=2), SEVEN, gpus)
+    assert found.endswith("GiB per GPU at dp_size 2")
+    with pytest.raises(ConfigError, match=r"tp_size × dp_size = 1 × 1, .* needs "):
+        check_memory(config.change(min_dp_size=1), SEVEN, gpus)
 
 
 SAID = (

@@ -567,6 +567,38 @@ def test_fp8_refused(settings: dict[str, Any], gpu: str, words: str) -> None:
     assert words in str(error.value)
 
 
+def test_fp8_where_one_type_of_gpu_cannot() -> None:
+    both = {"accelerator_type:H100": 1.0, "accelerator_type:A100": 1.0}
+    with pytest.raises(ConfigError, match="precision = 'fp8': A100 can't"):
+        checks.check_precision(make_config(precision="fp8", use_gpu=True), both)
+
+
+@pytest.mark.parametrize("nodes, settings, refused", [
+    ([4, 4], dict(tp_size=8, dp_size=1, min_dp_size=1), "have room for 0 of tp_size 8, where it needs 1. The largest"),
+    ([4, 2, 2], dict(tp_size=4, dp_size=2, min_dp_size=2), "have room for 1 of tp_size 4, where it needs 2"),
+    ([3, 3], dict(tp_size=4, dp_size=1, min_dp_size=1), "takes 3 workers: take a tp_size that divides that, or min_"),
+    ([4, 4], dict(tp_size=4, dp_size=2, min_dp_size=1), ""), ([4, 0], dict(tp_size=2, dp_size=4, min_dp_size=2), ""),
+    ([4, 4], dict(tp_size=8, dp_size=1), ""),  # a run that can't shrink may span nodes, and is told
+])  # fmt: skip
+def test_replicas_that_never_fit_into_nodes(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[int], settings: dict[str, int], refused: str
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_alive", lambda: [{"Resources": {"CPU": 8.0, "GPU": gpus}} for gpus in nodes])
+    config = make_config(use_gpu=True, gradient_accumulation_steps=4, **settings)
+    if not refused:
+        return ray_cluster.check_replicas(config, {"GPU": 1.0})
+    with pytest.raises(ConfigError, match=f"min_dp_size = {settings['min_dp_size']}: ") as error:
+        ray_cluster.check_replicas(config, {"GPU": 1.0})
+    assert refused in str(error.value)
+
+
+def test_preflight_asks_about_replicas(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of one core each: four workers find a place there, but no TP group of four."""
+    half = [{"NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 1.0}}] * 2
+    monkeypatch.setattr(ray_cluster, "_alive", lambda: half)
+    refused("min_dp_size = 1", "room for 0 of tp_size 4", tp_size=4, min_dp_size=1)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_on_cpu(
     monkeypatch: pytest.MonkeyPatch, precision: str, tmp_path: Path, tiny_model: Callable[[str], Path]

@@ -266,8 +266,7 @@ def test_when_graphs_are_chosen(settings: dict[str, Any], on_gpu: bool, chosen: 
 
 
 @on_gpu
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) -> None:
+def test_replays_on_a_gpu(tiny_model: Callable[[str], Path]) -> None:
     """The passes of real graphs, between them one of another shape, which they leave alone."""
     found = []
     for replays in (False, True):
@@ -277,11 +276,10 @@ def test_replays_on_a_gpu(tiny_model: Callable[[str], Path], accumulation: int) 
             assert graphs.replay_passes(model, SHAPE, alone=True) == ""
         optimizer, draw, losses = torch.optim.SGD(model.parameters(), lr=0.1), torch.Generator().manual_seed(0), []
         for samples in (2, 2, 1, 2, 2):
-            for _ in range(accumulation):
-                ids = torch.randint(2048, (samples, SHAPE[1]), generator=draw).cuda()
-                count = torch.tensor(float(samples * accumulation * SHAPE[1] - 1), device="cuda")
-                losses.append(model(input_ids=ids, labels=ids, num_items_in_batch=count).loss)
-                losses[-1].backward()
+            ids = torch.randint(2048, (samples, SHAPE[1]), generator=draw).cuda()
+            count = torch.tensor(float(samples * SHAPE[1] - 1), device="cuda")
+            losses.append(model(input_ids=ids, labels=ids, num_items_in_batch=count).loss)
+            losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()
         found.append(torch.stack(losses))

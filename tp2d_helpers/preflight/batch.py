@@ -12,7 +12,7 @@ from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, MODES, SAFE, Candidate, candidates
 from tp2d_helpers.planning.constants import constants_of
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
-from tp2d_helpers.speed.devices import Device, device_named
+from tp2d_helpers.speed.devices import Device, devices_in, smallest
 from tp2d_helpers.training.elastic import possible_dp_sizes
 
 AUTO = ("batch_size_per_gpu", "activation_checkpointing")  # what the planner chooses
@@ -99,12 +99,11 @@ def _fastest(autos: list[str], config: Config, model: ModelFacts, device: Device
 
 
 def _smallest(autos: list[str], resources: dict[str, float]) -> Device:
-    types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
-    devices = [device_named(name) for name in types]
-    if not devices or None in devices:
-        names = ", ".join(types) or "no type of GPU"
+    devices = devices_in(resources)
+    if not devices or None in devices.values():
+        names = ", ".join(devices) or "no type of GPU"
         raise ConfigError(f"{' and '.join(autos)} = 'auto': Ray names {names}, whose memory is not known here; set it")
-    return min(devices, key=lambda device: device.memory)
+    return smallest(devices.values())
 
 
 def _base(config: Config, model: ModelFacts) -> Setting:

@@ -25,11 +25,12 @@ from tp2d_helpers.planning.advice import advice, describe, describe_parts
 from tp2d_helpers.planning.candidates import GIB, SAFE
 from tp2d_helpers.planning.memory import Setting, memory_per_gpu
 from tp2d_helpers.preflight.weights import check_weights
-from tp2d_helpers.speed.devices import Device, device_named
+from tp2d_helpers.speed.devices import Device, devices_in, smallest
 from tp2d_helpers.speed.float8 import GRANULE
 from tp2d_helpers.speed.gradients import in_fp32
 from tp2d_helpers.speed.layers import decoder_layers
 from tp2d_helpers.speed.mixtures import blocks_of_experts, routers
+from tp2d_helpers.training.elastic import possible_dp_sizes
 
 # Older ones lack what the run relies on (AutoTP by the model's plan with ZeRO, Ray Train V2), or were not tested.
 OLDEST = {"torch": "2.11", "transformers": "5.17", "deepspeed": "0.19.8", "ray": "2.60"}
@@ -126,20 +127,25 @@ def check_lora(config: Config, model: ModelFacts) -> list[tuple[str, str, str]]:
 def check_memory(config: Config, model: ModelFacts, resources: dict[str, float]) -> list[tuple[str, str, str]]:
     """Preflight's row about memory; none without GPUs, or where Ray doesn't say which they are.
 
+    It is of the fewest replicas that the run may go on with, which have the most to hold.
+
     Args:
-        resources: Ray's, which name the types of a cluster's GPUs. If they differ, the largest counts: what it refuses
-            fits nowhere.
+        resources: Ray's, which name the types of a cluster's GPUs. If they differ, the one with the least memory
+            counts: a worker may get it.
 
     Raises:
         ConfigError: see `memory_on`.
     """
-    types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
-    if not config.use_gpu or not types:
+    devices = devices_in(resources)
+    if not config.use_gpu or not devices:
         return []
-    devices = {name: device_named(name) for name in types}
     if unknown := [name for name, device in devices.items() if device is None]:
         return [("memory", f"{', '.join(unknown)}: not a GPU that is known here", "no prediction")]
-    return [("memory", *memory_on(config, model, max(devices.values(), key=lambda device: device.memory)))]
+    fewest = possible_dp_sizes(config)[0]
+    count = config.gradient_accumulation_steps * config.dp_size // fewest
+    least = config.change(dp_size=fewest, gradient_accumulation_steps=count, min_dp_size=0)
+    found, parts = memory_on(least, model, smallest(devices.values()))
+    return [("memory", found + f" at dp_size {fewest}" * (fewest < config.dp_size), parts)]
 
 
 def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, str]:
@@ -165,7 +171,7 @@ def memory_on(config: Config, model: ModelFacts, device: Device) -> tuple[str, s
 
 def settled_precision(config: Config, resources: dict[str, float]) -> str:
     """What "auto" comes to; it stays "auto" where Ray doesn't say which GPUs there are, or one is not known here."""
-    devices = [device_named(name) for name in resources if name.startswith("accelerator_type:")]
+    devices = devices_in(resources).values()
     if config.precision != "auto" or not config.use_gpu:
         return "fp32" if config.precision == "auto" else config.precision
     if any(device and not device.bf16 for device in devices):
@@ -216,9 +222,8 @@ def check_fp8(config: Config, resources: dict[str, float]) -> None:
         ConfigError: if the GPUs lack it, or a setting is at odds with it.
     """
     take = "take precision 'bf16'"
-    types = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
-    known = {name: device_named(name) for name in types}
-    lacking = ["CPUs"] if not config.use_gpu else [name for name, device in known.items() if device and not device.fp8]
+    known = devices_in(resources).items()
+    lacking = [name for name, device in known if device and not device.fp8] if config.use_gpu else ["CPUs"]
     if lacking:
         raise ConfigError(f"precision = 'fp8': {', '.join(lacking)} can't; it needs Hopper GPUs or newer; {take}")
     tokens = config.batch_size_per_gpu * config.seq_length if config.batch_size_per_gpu != "auto" else config.seq_length

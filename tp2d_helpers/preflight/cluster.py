@@ -25,6 +25,9 @@ from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import tp_bytes
 from tp2d_helpers.preflight.checks import OLDEST
 from tp2d_helpers.preflight.connection import patience
+from tp2d_helpers.preflight.gpus import trial
+from tp2d_helpers.speed.devices import devices_in
+from tp2d_helpers.training.elastic import groups_within, possible_dp_sizes
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
 PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
@@ -47,7 +50,7 @@ def _alive() -> list[dict]:
 
 def describe_cluster(resources: dict[str, float]) -> str:
     """The cluster's nodes, cores and GPUs, with their type where Ray knows it."""
-    types = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+    types = devices_in(resources)
     nodes = len(_alive())
     number = int(resources.get("GPU", 0))
     gpus = f"{number} GPU{'s' * (number != 1)}" + (f" ({', '.join(types)})" if types else "")
@@ -100,6 +103,24 @@ def check_placement(config: Config, worker: dict[str, float]) -> list[int]:
     return counts
 
 
+def check_replicas(config: Config, worker: dict[str, float]) -> None:
+    """Whether a run that may shrink has room for its fewest TP groups, each within a node: there it would wait in vain.
+
+    Raises:
+        ConfigError: if the nodes can't have that many, even with no other job on them.
+    """
+    nodes = [node["Resources"] for node in _alive()]
+    fewest, groups = possible_dp_sizes(config)[0], sum(groups_within(node, worker, config.tp_size) for node in nodes)
+    if config.min_dp_size and groups < fewest:
+        most = max(groups_within(node, worker, 1) for node in nodes)
+        raise ConfigError(
+            f"min_dp_size = {config.min_dp_size}: a run that may go on with fewer replicas keeps each TP group within "
+            f"a node, and there the {len(nodes)} node{'s' * (len(nodes) > 1)} have room for {groups} of tp_size "
+            f"{config.tp_size}, where it needs {fewest}. The largest node takes {most} workers: take a tp_size that "
+            "divides that, or min_dp_size 0, with which TP groups may span nodes"
+        )
+
+
 def _grows_to(bundles: list[dict[str, float]], seconds: int) -> bool:
     return bool(seconds and _places(bundles, seconds))
 
@@ -139,7 +160,8 @@ def check_nodes(config: Config, probe: Path) -> str:
     """Let each node that may get workers look for the driver's file `probe`, and for local models and data.
 
     Each compares its libraries with the driver's, looks at its environment and writes a file beside the probe, too,
-    and builds the demo's model if it hasn't yet.
+    and builds the demo's model if it hasn't yet. Meanwhile those with GPUs try one (`trial`), also a cluster's only
+    node.
 
     Returns:
         What was found, in words; nothing for a cluster of one node.
@@ -148,8 +170,14 @@ def check_nodes(config: Config, probe: Path) -> str:
         ConfigError: with the first node that lacks something, or says nothing for `ANSWER_SECONDS` (more, if it
             installs packages first).
     """
-    if len(_alive()) == 1:
-        return ""
+    nodes = _alive()
+    with trial(nodes if config.use_gpu else []) as refuse:
+        found = _check_shared(config, probe) if len(nodes) > 1 else ""
+        refuse()
+    return found
+
+
+def _check_shared(config: Config, probe: Path) -> str:
     paths = {"storage_path": [str(probe)], "model_name": [config.model_name] * Path(config.model_name).is_absolute()}
     for name in ("dataset_name", "eval_dataset_name"):
         paths[name] = [str(path) for path in paths_of(getattr(config, name))]

@@ -30,6 +30,7 @@ from tp2d_helpers.preflight.checks import (
 )
 from tp2d_helpers.preflight.cluster import (
     check_placement,
+    check_replicas,
     check_resources,
     describe_cluster,
     describe_placement,
@@ -96,6 +97,7 @@ def preflight(config: Config) -> Plan:
     first = first_size(config, resources)
     resources_per_worker = check_resources(first, resources)
     counts = check_placement(first, resources_per_worker)
+    check_replicas(config, resources_per_worker)
     rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))

@@ -7,6 +7,7 @@ reports. The driver, which may have none, knows GPUs by the names that Ray gives
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 
@@ -57,3 +58,15 @@ def device_named(name: str, memory: float | None = None) -> Device | None:
     fitting = [device for device in DEVICES if words.issuperset(device.name.upper().split())]
     found = max(fitting, key=lambda device: len(device.name.split()), default=None)
     return replace(found, memory=memory) if found and memory else found
+
+
+def devices_in(resources: Iterable[str]) -> dict[str, Device | None]:
+    """{type: device, None if it is not in the table} of the GPU types among the names of Ray's resources."""
+    prefix = "accelerator_type:"
+    types = [name.removeprefix(prefix) for name in resources if name.startswith(prefix)]
+    return {name: device_named(name) for name in types}
+
+
+def smallest(devices: Iterable[Device]) -> Device:
+    """The one with the least memory: of several types, a worker may get any."""
+    return min(devices, key=lambda device: device.memory)

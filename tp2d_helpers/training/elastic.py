@@ -52,10 +52,7 @@ class WholeReplicas(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         worker = self.scaling_config.resources_per_worker  # preflight names them all
-        groups = 0
-        for resources in reserved_resources.values():
-            fitting = [resources.get(name, 0.0) / amount for name, amount in worker.items() if amount > 0]
-            groups += int(min(fitting) + 1e-6) // self.tp_size  # shares of a core are not exact in binary
+        groups = sum(groups_within(resources, worker, self.tp_size) for resources in reserved_resources.values())
         return self.tp_size * max((dp_size for dp_size in self.dp_sizes if dp_size <= groups), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -71,6 +68,12 @@ class WholeReplicas(ElasticScalingPolicy):
                 f"{self.tp_size}, each in a node) within {self.patience} s; the checkpoints are kept"
             )
         return decision
+
+
+def groups_within(node: dict[str, float], worker: dict[str, float], tp_size: int) -> int:
+    """TP groups of `tp_size` workers that fit into a node, both by their resources."""
+    fitting = [node.get(name, 0.0) / amount for name, amount in worker.items() if amount > 0]
+    return int(min(fitting) + 1e-6) // tp_size  # shares of a core are not exact in binary
 
 
 class PreemptionNotice:
