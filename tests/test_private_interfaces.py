@@ -326,6 +326,26 @@ def transformers_conversions_of_a_load() -> None:
     assert "model._weight_conversions = " in source and 'getattr(model, "_weight_conversions", None)' in source
 
 
+@interface("MmBackward0")
+def autograd_names_of_products() -> None:
+    from tp2d_helpers.model.decay import FACTORS
+
+    a, b, c = (torch.zeros(2, 2, 2, requires_grad=True) for _ in range(3))
+    products = [a[0] @ b[0], torch.bmm(a, b), torch.addmm(a[0], b[0], c[0]), torch.baddbmm(a, b, c),
+                torch.conv1d(a, b), torch.nn.functional.embedding(torch.zeros(1, dtype=torch.long), a[0])]  # fmt: skip
+    assert {product.grad_fn.name() for product in products} == FACTORS.keys() - {"GroupedMmBackward0"}
+
+
+@interface("_convert_peft_config_moe")
+def peft_names_of_experts() -> None:
+    from peft.utils import transformers_weight_conversion as conversion
+
+    from tp2d_helpers.checkpoint.adapters import OF_EXPERTS
+
+    known = conversion._MOE_TARGET_MODULE_MAPPING.values()
+    assert set().union(*known) == set(OF_EXPERTS)
+
+
 @interface("_render_traceback_")
 def ipython_traceback() -> None:
     from IPython.core.interactiveshell import InteractiveShell

@@ -10,7 +10,6 @@ import argparse
 import collections
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="tp2d-drawn-") as scratch:
         os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="",
-                          DS_ACCELERATOR="cpu")  # fmt: skip
+                          DS_ACCELERATOR="cpu", TORCHINDUCTOR_COMPILE_THREADS="1")  # fmt: skip
         for name in ("HF_DATASETS_CACHE", "TP2D_CACHE"):
             os.environ.setdefault(f"DRAWN_{name}", f"{scratch}/{name}")  # that of the first process, in those it starts
             os.environ[name] = os.environ[f"DRAWN_{name}"]
@@ -92,11 +91,18 @@ def _work(arguments: argparse.Namespace) -> None:
         for _ in range(GRIDS):
             case = draw_grid(choose, training, arguments.ranks, arguments.compiles, arguments.resumes)
             found = outcome(case)
-            row = dict(drawn=number, kind=found.kind, message=found.message, seconds=round(found.seconds, 1), case=case)
+            row = dict(
+                drawn=number,
+                kind=found.kind,
+                why=found.why,
+                message=found.message,
+                seconds=round(found.seconds, 1),
+                case=case,
+            )
             if found.fault:
-                if arguments.simplify and (why := _why(row)) not in told:
-                    told.add(why)
-                    row["simplest"] = simplest(case, found.kind)[0]
+                if arguments.simplify and found.why not in told:
+                    told.add(found.why)
+                    row["simplest"] = simplest(case, found)[0]
                 print(_line(row), file=told_to, flush=True)
             with arguments.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -111,15 +117,9 @@ def _run_one(case: dict[str, Any], simplify: bool) -> None:
     found = outcome(case)
     print(f"{found.kind} in {found.seconds:.1f} s: {found.message}")
     if found.fault and simplify:
-        case, found = simplest(case, found.kind)
-        print(f"simplest: {json.dumps(case)}\n{found.message if found else ''}")
-    sys.exit(found is not None and found.fault)
-
-
-def _why(row: dict[str, Any]) -> str:
-    """What is alike in errors that are alike: the last line, without numbers and names."""
-    lines = [line for line in row["message"].splitlines() if line.strip()] or [""]
-    return re.sub(r"'[^']*'|[-+]?\d[\d.,e+-]*|/\S+", "…", lines[-1])[:140]
+        case, found = simplest(case, found)
+        print(f"simplest: {json.dumps(case)}\n{found.message}")
+    sys.exit(found.fault)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -137,7 +137,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         f"{len(rows) - sum(by_kind[kind] for kind in ('equal', 'refused', 'no model'))} faults"
     ]
     for kind in ("refused", *sorted(by_kind.keys() - {"equal", "refused", "no model"}), "no model"):
-        reasons = collections.Counter(_why(row) for row in rows if row["kind"] == kind)
+        reasons = collections.Counter(row["why"] for row in rows if row["kind"] == kind)
         lines += [f"  {kind:20} {count:4} × {why}" for why, count in reasons.most_common(40)]
     return "\n".join(lines)
 

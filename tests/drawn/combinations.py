@@ -19,7 +19,7 @@ from typing import Any
 
 import tiny
 from families import TYPES
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import ALL, kinds, targets
@@ -27,6 +27,9 @@ from tp2d_helpers.model.lora import ALL, kinds, targets
 Case = dict[str, Any]
 DATA = ("demo", "text", "chats")
 STEPS = 4
+EPSILON = (
+    1e-6  # of Adam: by the usual 1e-8, a gradient that is all rounding, as of a bias of keys, moves a weight as far
+)
 # Of what some config has, what else it may be. That a field is there does not say that its class can do it.
 FIELDS: dict[str, list[Any]] = {
     "hidden_size": [48, 96], "num_hidden_layers": [1, 3], "vocab_size": [2049, 2051, 2056],
@@ -50,7 +53,7 @@ SUBSETS = ("block_all_reduce", "fused_loss", "fused_step")
 # What a combination is made simpler towards; whatever else is set goes.
 ONE_PROCESS = dict(tp_size=1, dp_size=1, zero_stage=1, optimizations="none")
 PLAIN = dict(precision="fp32", seq_length=32, seed=0, learning_rate=1e-3, packing=True, max_grad_norm=0.0,
-             weight_decay=0.0, debug_steps=STEPS)  # fmt: skip
+             weight_decay=0.0, adam_epsilon=EPSILON, debug_steps=STEPS)  # fmt: skip
 
 
 def draw(choose: Random, ranks: int = 4, compiles: float = 0.0, resumes: float = 0.0) -> Case:
@@ -70,7 +73,7 @@ def draw_training(choose: Random) -> Case:
         learning_rate_schedule=choose.choice(["constant", "linear", "cosine", "warmup-stable-decay"]),
         warmup_steps=choose.choice([0, 1, 0.5]), weight_decay=choose.choice([0.0, 0.01, 0.5]),
         max_grad_norm=choose.choice([0.0, 0.02, 1.0, 1.0]), adam_beta2=choose.choice([0.95, 0.999]),
-        debug_steps=STEPS,
+        adam_epsilon=EPSILON, debug_steps=STEPS,
     )  # fmt: skip
     if precision == "bf16" and choose.random() < 0.25:
         training["master_weights"] = "bf16"
@@ -90,7 +93,7 @@ def draw_model(choose: Random) -> dict[str, Any]:
     if choose.random() < 0.35:
         return dict(model_type=kind, **shape)
     known = AutoConfig.for_model(**tiny.tiny_shape(kind, **shape)).to_dict()
-    own = known.keys() - PreTrainedConfig().to_dict().keys() - NOT_ASKED
+    own = known.keys() - PretrainedConfig().to_dict().keys() - NOT_ASKED
     values = {name: values for name, values in FIELDS.items() if name in own}
     values |= {name: [not known[name]] for name in own if isinstance(known[name], bool)}
     for name in choose.sample(sorted(values), choose.randint(1, 3)):
@@ -162,6 +165,12 @@ def simpler(case: Case) -> Iterator[Case]:
     for part in ("resume", "plain"):
         if case.get(part):
             yield {name: value for name, value in case.items() if name != part}
+    plain = PLAIN | dict(global_batch_size=case["training"]["global_batch_size"])
+    if case["training"] != plain:
+        yield case | dict(training=plain)
+    if case["stand_ins"]:
+        yield case | dict(stand_ins={})
+    yield from _without_each(case, "grid", ONE_PROCESS)
     model = case["model"]
     if model != dict(model_type="llama"):
         yield case | dict(model=dict(model_type="llama") | ({"vocab_size": 2056} if case["data"] == "chats" else {}))
@@ -172,14 +181,17 @@ def simpler(case: Case) -> Iterator[Case]:
             yield case | dict(model=rest | ({name: kept[name]} if name in kept else {}))
     if case["data"] != "demo":
         yield case | dict(data="demo")
-    for part, plain in (("grid", ONE_PROCESS), ("training", PLAIN), ("stand_ins", {})):
-        for name, value in case[part].items():
-            rest = {key: other for key, other in case[part].items() if key != name}
-            if name != "global_batch_size" and value != plain.get(name, ...):
-                yield case | {part: rest | ({name: plain[name]} if name in plain else {})}
-    samples = case["training"]["global_batch_size"]
-    for fewer in range(1, samples):
+    yield from _without_each(case, "training", plain)
+    yield from _without_each(case, "stand_ins", {})
+    for fewer in range(1, plain["global_batch_size"]):
         yield case | dict(training=case["training"] | dict(global_batch_size=fewer))
+
+
+def _without_each(case: Case, part: str, plain: dict[str, Any]) -> Iterator[Case]:
+    for name, value in case[part].items():
+        if value != plain.get(name, ...):
+            rest = {key: other for key, other in case[part].items() if key != name}
+            yield case | {part: rest | ({name: plain[name]} if name in plain else {})}
 
 
 def settings_of(case: Case, grid: str = "grid") -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import grid
 import tiny
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tp2d_helpers.cache import build_once, cache_dir
 from tp2d_helpers.checkpoint.run_folder import last_step
@@ -96,7 +96,7 @@ def _once(function: Callable) -> Callable:
     """It is asked of the same model at the same tp_size for each grid that is drawn for it. Errors are kept, too."""
     found: dict[tuple[str, int, str], Any] = {}
 
-    def ask(hf_config: PreTrainedConfig, tp_size: int = 1, *more: Any) -> Any:
+    def ask(hf_config: PretrainedConfig, tp_size: int = 1, *more: Any) -> Any:
         names = ("optimizations", "zero_stage", "activation_checkpointing", "lora_rank", "lora_targets")
         asked = [settings.get(name) for settings in more if isinstance(settings, dict) for name in names]
         key = hf_config.to_json_string(use_diff=False), tp_size, str(asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -54,6 +55,12 @@ class Outcome:
     def fault(self) -> bool:
         """Whether the package is at fault."""
         return self.kind not in ("equal", "refused", "no model")
+
+    @property
+    def why(self) -> str:
+        """What is alike in messages that are alike: the last line, without numbers, paths and what is quoted."""
+        last = [line for line in self.message.splitlines() if line.strip()][-1:]
+        return re.sub(r"'[^']*'|[-+]?\d[\d.,e+-]*|/\S+", "…", "".join(last))[:140]
 
 
 class Trouble(Exception):
@@ -166,16 +173,12 @@ def stand_in(given: str, names: dict[str, Any]) -> None:
         layers.compile_layers = functools.partial(layers.compile_layers, backend=stand_ins["backend"])
 
 
-def simplest(case: Case, kind: str, tries: int = 40) -> tuple[Case, Outcome | None]:
-    """The simplest combination found that fails in the same way."""
-    found, again = None, True
-    while again:
-        again = False
-        for other in simpler(case):
-            tries -= 1
-            if tries < 0:
-                return case, found
-            if (now := outcome(other)).kind == kind:
-                case, found, again = other, now, True
-                break
+def simplest(case: Case, found: Outcome, tries: int = 40) -> tuple[Case, Outcome]:
+    """The simplest combination found that fails in the same way, and how it does."""
+    others = simpler(case)
+    for _ in range(tries):
+        if (other := next(others, None)) is None:
+            break
+        if other != case and ((now := outcome(other)).kind, now.why) == (found.kind, found.why):
+            case, found, others = other, now, simpler(other)
     return case, found

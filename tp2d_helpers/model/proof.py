@@ -174,7 +174,7 @@ def _adapting(model: torch.nn.Module, settings: dict[str, Any], plan: Plan, mpu:
         join(model, adapters)
     draw = torch.Generator().manual_seed(1)
     for adapter in adapters.values():
-        B = torch.randn(adapter.wholes[1], generator=draw)
+        B = 0.02 * torch.randn(adapter.wholes[1], generator=draw)
         adapter.B.data.copy_(adapter.cut.take(B, adapter.rank) if adapter.cut and not adapter.row else B)
 
 
