@@ -645,6 +645,32 @@ def test_a_continued_run(cluster: dict[str, float], actors: list[str], tmp_path:
     assert not actors and sorted(run_dir.rglob("*")) == before
 
 
+def test_a_run_is_told_by_what_is_in_the_model_and_the_data(
+    cluster: dict[str, float], tmp_path: Path, model: Callable[..., Path]
+) -> None:
+    """A path that has other contents is refused, other paths of the same contents are taken."""
+    folder, data = model("llama"), lines(tmp_path / "data.jsonl", *[{"text": "some text of a dataset"}] * 40)
+    settings = {**SMALL, "model_name": str(folder), "dataset_name": data, "seq_length": 16, "lora_rank": 4}
+    first = make_config(**settings, storage_path=str(tmp_path), experiment_name="first", debug_steps=3)
+    run_dir = plan.preflight(first).config.run_dir
+    where = dict(step=2, epoch=0, epoch_step=2, world_size=1, tp_size=1, dp_size=1, zero_stage=1, metrics={"loss": 1.0})
+    write_manifest(run_dir / "checkpoint_00000002", 0, {}, **where)
+    moved = first.change(
+        model_name=str(shutil.copytree(folder, tmp_path / "moved")),
+        dataset_name=lines(tmp_path / "renamed.jsonl", *[{"body": "some text of a dataset"}] * 40),
+        text_column="body",
+    )
+    rows = {name: row for name, *row in plan.preflight(moved).rows}
+    assert rows["checkpoint"][1] == "goes on from checkpoint_00000002"
+    assert f"model_name '{folder}' → '{tmp_path / 'moved'}'" in rows["changed since"][0]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model_name = .* its weights are not what this run was trained on: "):
+        plan.preflight(first)
+    plan.preflight(moved)
+
+
 def test_a_run_that_is_being_written_is_refused(cluster: dict[str, float], actors: list[str], tmp_path: Path) -> None:
     config = make_config(**SMALL, storage_path=str(tmp_path), experiment_name="busy")
     with (

@@ -20,7 +20,7 @@ from tp2d_helpers.checkpoint.run_folder import (
     recorded,
     remove_unfinished,
 )
-from tp2d_helpers.checkpoint.settings import GRID, changes, check_same_data, settings_of
+from tp2d_helpers.checkpoint.settings import CONTENTS, GRID, changes, check_same_data, must_stay, settings_of
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.preflight.cluster import check_nodes
 from tp2d_helpers.training.metrics import read_metrics
@@ -69,15 +69,18 @@ def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps
         removed = remove_unfinished(config.run_dir) if recorded(config.run_dir) else []
         mend_ray_snapshot(config)
     newest, skipped = newest_checkpoint(config.run_dir)
+    then = settings_of(config.run_dir, newest)
+    if must_stay("data", then, config, newest):
+        check_same_data(then.get("data"), data, config.dataset_name)
     if not newest:
         return [("checkpoint", "; ".join(skipped), "begins anew")] if skipped else []
-    then = settings_of(config.run_dir, newest)
-    check_same_data(then.get("data"), data, config.dataset_name)
     finished = [folder for folder in checkpoints(config.run_dir) if is_finished(folder)]
     damaged = [f"{folder.name} {problem}" for folder in finished if (problem := problem_of(folder))]
     chosen = _how_it_goes_on(newest, config, given, steps)
     if damaged:
         chosen.append("damaged checkpoints stay until you remove them")
+    if unknown := [kind for kind in CONTENTS if not then.get(kind)]:
+        chosen.append(f"{' and '.join(unknown)} compared by name alone, as an older version recorded them")
     if removed:
         chosen.append(f"removed, as it could never be used: {'; '.join(removed)}")
     rows = [("checkpoint", "; ".join(dict.fromkeys(skipped + damaged)) or "complete", ", ".join(chosen))]
