@@ -24,6 +24,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.utils.data import DataLoader
 
 from tp2d_helpers.checkpoint import run_folder
+from tp2d_helpers.checkpoint.files import plain_path
 from tp2d_helpers.checkpoint.identity import check_nodes
 from tp2d_helpers.checkpoint.resize import UNIVERSAL, safe_loading, universal_checkpoint
 from tp2d_helpers.checkpoint.restore import (
@@ -144,8 +145,8 @@ def load_checkpoint(
     # What the key "checkpoint": {"load_universal": …} of the config sets for good, before it is known what is there.
     engine.load_universal_checkpoint = lambda: tag == UNIVERSAL
     try:
-        with safe_loading(), settings_stay(engine), without_padding(engine):
-            path, state = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained)
+        with safe_loading(), settings_stay(engine), without_padding(engine), plain_path(folder) as place:
+            path, state = engine.load_checkpoint(str(place), tag=tag, custom_load_fn=load_trained)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
     del engine.load_universal_checkpoint

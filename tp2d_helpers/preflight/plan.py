@@ -38,7 +38,7 @@ from tp2d_helpers.preflight.cluster import (
 )
 from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.data import check_data
-from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
+from tp2d_helpers.preflight.folder import check_checkpoints, check_room, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.training.schedule import check_schedule
@@ -114,7 +114,8 @@ def preflight(config: Config) -> Plan:
     if given.learning_rate == "auto" or config.learning_rate_schedule != "constant":
         kind = "random weights" if has_random_weights(config.model_name) else "pretrained weights"
         rows.append(("learning rate", "LoRA" if config.lora_rank else kind, schedule))
-    rows.append(("storage", check_storage(config), str(config.run_dir)))
+    room = check_room(config, model, steps)
+    rows.append(("storage", check_storage(config) + room, str(config.run_dir)))
     rows += check_trackers(config)
     rows += check_checkpoints(config, then, data.identity, steps)
     template = load_tokenizer(config.model_name, config.trust_remote_code, config.chat_template).chat_template
