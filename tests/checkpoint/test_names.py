@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from grid import Run, run_grid
+from grid import IMPORT_PATH, ROOT, Run, run_grid
+from ray.train.v2._internal.constants import METRICS_ENABLED_ENV_VAR
 
+from tp2d_helpers import launch
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.resize import universal_problem
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
@@ -41,3 +47,27 @@ def test_a_run_of_any_name_goes_on_and_is_exported(
     assert [record["step"] for record in read_metrics(config.run_dir / "metrics.jsonl")] == list(range(1, 7))
     checkpoint, _ = newest_checkpoint(config.run_dir)
     export_checkpoint(checkpoint, str(model), config.run_dir / f"export {ODD}")
+
+
+def test_rays_metrics_are_left_out_of_a_name_with_an_accent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take ASCII alone, and would end the run; the variable is as it was afterwards."""
+    assert launch.RAY_METRICS == METRICS_ENABLED_ENV_VAR
+    for before in (None, "1"):
+        monkeypatch.delenv(launch.RAY_METRICS, raising=False) if before is None else monkeypatch.setenv(
+            launch.RAY_METRICS, before
+        )
+        for name, within in (("plain", before), ("é", "0")):
+            with launch.ray_metrics(name.isascii()):
+                assert os.environ.get(launch.RAY_METRICS) == within
+            assert os.environ.get(launch.RAY_METRICS) == before
+
+
+@pytest.mark.slow  # Ray starts, and launches a run: half a minute
+def test_ray_launches_a_run_of_any_name(tmp_path: Path) -> None:
+    settings = dict(model_name="demo", dataset_name="demo", use_gpu=False, tp_size=1, dp_size=1, seq_length=64,
+                    debug_steps=1, storage_path=str(tmp_path / ODD), experiment_name=ODD)  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests" / "driver.py"), json.dumps(settings)]
+    environment = os.environ | {"PYTHONPATH": IMPORT_PATH, "TP2D_CACHE": str(tmp_path / f"cache {ODD}")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert newest_checkpoint(tmp_path / ODD / ODD)[0].name == "checkpoint_00000001"

@@ -45,7 +45,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     dict(zero_stage=3, precision="bf16", dp_size=2),
     dict(zero_stage=1, precision="bf16", master_weights="bf16"), dict(zero_stage=1, precision="fp32", lora_rank=64),
 ], ids=str)  # fmt: skip
-def test_the_bytes_of_a_checkpoint_and_of_its_conversion(
+def test_the_bytes_that_a_checkpoint_and_its_conversion_take(
     train: Train, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """Predicted within a few percent, but for what a small file has besides its tensors."""

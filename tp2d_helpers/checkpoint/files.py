@@ -90,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def machine() -> str:
     """What tells this machine, as long as it runs, from all others: the processes on it share one kernel's locks."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return socket.gethostname()
 
 
