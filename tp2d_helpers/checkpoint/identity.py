@@ -94,7 +94,7 @@ def describe(identity: dict[str, Any], parts: Iterable[str] = ("weights",)) -> s
     )
 
 
-def check_nodes(engine: deepspeed.DeepSpeedEngine, loader: DataLoader, run_dir: Path) -> None:
+def check_agreement(engine: deepspeed.DeepSpeedEngine, loader: DataLoader, run_dir: Path) -> None:
     """See that each node has the model and the tokens that the driver has: a file may be another there, or by now.
 
     Collective.
@@ -125,7 +125,8 @@ def code_files(folder: Path) -> list[Path]:
     named = _json(folder / "config.json").get("auto_map", {})
     places = [str(named[kind]).rpartition("--") for kind in ("AutoConfig", "AutoModelForCausalLM") if kind in named]
     files = [cached_file(repository or folder, f"{place.split('.')[0]}.py") for repository, _, place in places]
-    return sorted({Path(needed) for file in files for needed in [file, *get_relative_import_files(file)]})
+    found = {Path(needed) for file in files for needed in [file, *get_relative_import_files(file)]}
+    return sorted(path for path in found if path.exists())
 
 
 def _contents(folder: Path, trust_remote_code: bool) -> dict[str, str | None]:

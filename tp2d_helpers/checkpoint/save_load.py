@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from tp2d_helpers.checkpoint import run_folder
 from tp2d_helpers.checkpoint.files import plain_path
-from tp2d_helpers.checkpoint.identity import check_nodes
+from tp2d_helpers.checkpoint.identity import check_agreement
 from tp2d_helpers.checkpoint.resize import UNIVERSAL, safe_loading, universal_checkpoint
 from tp2d_helpers.checkpoint.restore import (
     load_trained,
@@ -138,7 +138,7 @@ def load_checkpoint(
     """
     folder, tag, moved = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
     if loader:
-        check_nodes(engine, loader, Path(run_dir))
+        check_agreement(engine, loader, Path(run_dir))
     if folder is None:
         return Progress()
     engine.checkpoint_engine = CheckpointWriter()
