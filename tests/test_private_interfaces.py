@@ -58,6 +58,25 @@ def ray_health_check() -> None:
     assert "--address" in [option for parameter in cli.commands["health-check"].params for option in parameter.opts]
 
 
+@interface("dynamic_module_utils")
+def transformers_code_files() -> None:
+    from transformers import PreTrainedModel
+    from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+
+    takes(custom_object_save, "obj", "folder", "config")
+    takes(get_relative_import_files, "module_file")
+    assert not PreTrainedModel.is_remote_code()
+
+
+@interface("RAY_TRAIN_METRICS_ENABLED")
+def ray_metrics() -> None:
+    from ray.train.v2._internal.constants import METRICS_ENABLED_ENV_VAR
+
+    from tp2d_helpers.launch import RAY_METRICS
+
+    assert RAY_METRICS == METRICS_ENABLED_ENV_VAR
+
+
 @interface("torch.utils._pytree")
 def torch_pytree() -> None:
     from torch.utils import _pytree

@@ -152,6 +152,19 @@ class Config(BaseModel):
             raise ValueError("must be a plain folder name, without slashes")
         return name
 
+    @field_validator("model_name", "dataset_name", "eval_dataset_name", "chat_template", "storage_path",
+                     "experiment_name")  # fmt: skip
+    @classmethod
+    def _can_be_a_path(cls, text: str, info: ValidationInfo) -> str:
+        if not text.isprintable():
+            raise ValueError("must not have line breaks, tabs or other characters that can't be seen")
+        for part in map(str.strip, text.split(",") if info.field_name != "experiment_name" else ()):
+            try:
+                Path(part).expanduser()
+            except RuntimeError:
+                raise ValueError(f"{Path(part).parts[0]}: no such user, or no home folder") from None
+        return text
+
     @field_validator("storage_path")
     @classmethod
     def _is_a_path(cls, path: str) -> str:

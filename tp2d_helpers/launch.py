@@ -29,6 +29,7 @@ from tp2d_helpers.training.metrics import newest_step
 from tp2d_helpers.training.samples import FILE, read_samples
 from tp2d_helpers.training.trackers import Trackers
 
+RAY_METRICS = "RAY_TRAIN_METRICS_ENABLED"
 MOST_LINES = 30  # of progress in one launch, however long the run
 
 
@@ -70,8 +71,21 @@ def launch(plan: Plan, train_func: Callable[[dict[str, Any]], None] = train_func
     )
     if whole := plan.model.part_of:
         print(f"the text model of {whole} alone is trained: what takes images or sound is left out", flush=True)
-    with follow(config, plan.steps_per_epoch):
+    with follow(config, plan.steps_per_epoch), ray_metrics(config.experiment_name.isascii()):
         return trainer.fit()
+
+
+@contextlib.contextmanager
+def ray_metrics(possible: bool) -> Iterator[None]:
+    """Within it, a launch leaves out Ray Train's own metrics unless they are possible: of a name in ASCII alone."""
+    before = os.environ.get(RAY_METRICS)
+    if not possible:
+        os.environ[RAY_METRICS] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(RAY_METRICS, None)
+        os.environ |= {} if before is None else {RAY_METRICS: before}
 
 
 @contextlib.contextmanager

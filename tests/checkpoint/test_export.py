@@ -21,9 +21,10 @@ from grid import ROOT, Run, fork_context, run_grid
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tp2d_helpers.checkpoint import hugging_face
+from tp2d_helpers.checkpoint import disk, hugging_face
 from tp2d_helpers.checkpoint.export import main
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
+from tp2d_helpers.checkpoint.mark import MARK, write_mark
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import merge
 from tp2d_helpers.config import make_config
@@ -83,7 +84,7 @@ def test_export_is_the_trained_model(
     assert_is_the_trained_model(run, folder)
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        "README.md",
+        *("README.md", MARK),
     }
     trained_from = AutoTokenizer.from_pretrained(run.config["model_name"])
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == trained_from.get_vocab()
@@ -308,6 +309,7 @@ def checkpoint(train: Train, tmp_path: Path) -> Path:
     (tmp_path / "run" / "config.json").write_text(json.dumps(run.config))
     (tmp_path / "run" / "export").mkdir()
     (tmp_path / "run" / "export" / "model.safetensors").write_text("older")
+    write_mark(tmp_path / "run" / "export")
     return folder
 
 
@@ -396,6 +398,110 @@ def test_only_an_export_is_replaced(checkpoint: Path, tiny_model: Callable, tmp_
     assert export_checkpoint(checkpoint, model, tmp_path / "new") == tmp_path / "new"
 
 
+def test_nothing_of_the_users_is_replaced(checkpoint: Path, tiny_model: Callable, tmp_path: Path) -> None:
+    """A model that somebody downloaded, notes that were laid beside an export, a card that was edited."""
+    model, folder = str(tiny_model("llama")), tmp_path / "out"
+    shutil.copytree(tiny_model("qwen3"), folder)
+    (folder / "notes.md").write_text("mine")
+    before = hashes(folder)
+    with pytest.raises(ValueError, match="out holds something other than an export"):
+        export_checkpoint(checkpoint, model, folder)
+    assert hashes(folder) == before
+    shutil.rmtree(folder)
+    for _ in range(2):
+        export_checkpoint(checkpoint, model, folder)
+    for name in ("notes.md", "README.md", "more/eval.json"):
+        path = folder / name
+        text = path.read_text() if path.exists() else ""
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text + "mine")
+        with pytest.raises(ValueError, match=rf"added to the export or changed since \({name}\).* would be lost"):
+            export_checkpoint(checkpoint, model, folder)
+        assert path.read_text() == text + "mine"
+        path.write_text(text) if text else path.unlink()
+    export_checkpoint(checkpoint, model, folder)
+
+
+def test_an_export_for_which_there_is_no_room(
+    checkpoint: Path, tiny_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 500_000))
+    before = hashes(checkpoint.parent)
+    with pytest.raises(ValueError, match=r"the export needs 1\.4 MB, and the disk of .*export has 0\.5 MB free"):
+        export_checkpoint(checkpoint, str(tiny_model("llama")), checkpoint.parent / "export")
+    assert hashes(checkpoint.parent) == before
+
+
+# What comes with the model.
+
+
+def test_the_chat_template_of_the_run(checkpoint: Path, tiny_model: Callable, tmp_path: Path) -> None:
+    """As it was when the run was trained by it; the file may be another by now, or gone."""
+    model, template = str(tiny_model("llama")), tmp_path / "template.jinja"
+    settings = json.loads((checkpoint.parent / "config.json").read_text())
+    template.write_text("then {{ messages }}")
+    (checkpoint.parent / "config.json").write_text(
+        json.dumps(settings | {"chat_template": str(template), "template": template.read_text()})
+    )
+    for change in (lambda: template.write_text("now"), template.unlink):
+        change()
+        folder = export_checkpoint(checkpoint, model, tmp_path / "export")
+        assert AutoTokenizer.from_pretrained(folder).chat_template == "then {{ messages }}"
+
+
+@pytest.mark.parametrize("zero_stage, tp_size", [(1, 2), (3, 1)])
+def test_a_weight_that_its_class_keeps_from_training(
+    family: Callable[..., Path], tmp_path: Path, zero_stage: int, tp_size: int
+) -> None:
+    """It is in no checkpoint; the model has it, with a value of its own."""
+    model = family("hrm_text", tie_word_embeddings=False)
+    settings = dict(zero_stage=zero_stage, tp_size=tp_size, dp_size=1, precision="fp32")
+    checkpoint, _ = train_for_logits(model, tmp_path, **settings)
+    folder = export_checkpoint(checkpoint, str(model), tmp_path / "export")
+    then, now = (safetensors.torch.load_file(place / "model.safetensors") for place in (model, folder))
+    assert then.keys() == now.keys() and then["model.z_L_init"].std() > 0
+    same = [name for name in then if torch.equal(then[name], now[name])]
+    assert "model.z_L_init" in same and len(same) < len(then) / 2
+
+
+CODE = {
+    "configuration_own.py": """
+from transformers import LlamaConfig
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+""",
+    "modeling_own.py": """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+from .own_layers import times
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    def forward(self, *args, **kwargs):
+        return times(super().forward(*args, **kwargs))
+""",
+    "own_layers.py": "from .own_numbers import FACTOR\ndef times(out):\n    out.logits *= FACTOR\n    return out\n",
+    "own_numbers.py": "FACTOR = 2.0\n",
+}
+
+
+def test_code_that_comes_with_the_model(checkpoint: Path, tiny_model: Callable, tmp_path: Path) -> None:
+    """It is in the export, which loads in a process that has never seen the original."""
+    model = Path(shutil.copytree(tiny_model("llama"), tmp_path / "own"))
+    for name, text in CODE.items():
+        (model / name).write_text(text)
+    config = json.loads((model / "config.json").read_text())
+    auto = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_type": "own"}))
+    folder = export_checkpoint(checkpoint, str(model), tmp_path / "export", trust_remote_code=True)
+    shutil.rmtree(model)
+    load = "from transformers import AutoModelForCausalLM as A; import sys, torch; " \
+           "model = A.from_pretrained(sys.argv[1], trust_remote_code=True); " \
+           "print(type(model).__name__, model(torch.arange(9)[None]).logits.std().item())"  # fmt: skip
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run([sys.executable, "-c", load, folder], capture_output=True, text=True, env=environment)
+    assert run.stdout.startswith("OwnForCausalLM "), run.stderr[-2000:]
+
+
 # The command line.
 
 
@@ -405,12 +511,13 @@ def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFi
     main([str(checkpoint)])
     assert capsys.readouterr().out == f"{checkpoint.parent / 'export'}\n"
     exported = hashes(checkpoint.parent / "export")
-    assert len(exported) == 6
+    assert len(exported) == 7
     model = json.loads((checkpoint.parent / "config.json").read_text())["model_name"]
     (checkpoint.parent / "config.json").unlink()
     main([str(checkpoint), "--model", model, "--output", str(tmp_path / "some" / "where")])
     again = hashes(tmp_path / "some" / "where")
     assert again.pop("README.md") != exported.pop("README.md"), "what config.json alone says is not told any more"
+    assert again.pop(MARK) != exported.pop(MARK)
     assert again == exported
 
 

@@ -95,7 +95,8 @@ def test_what_can_never_be_used_is_removed(config: Config) -> None:
         "checkpoint_00000005 has weights truncated (0 of 1 bytes)"
     )
     assert chosen == (
-        "goes on from checkpoint_00000008, damaged checkpoints stay until you remove them, removed, as it could never "
+        "goes on from checkpoint_00000008, damaged checkpoints stay until you remove them, model and "
+        "data compared by name alone, as an older version recorded them, removed, as it could never "
         f"be used: {begun.name} was not finished (rank_0.json is missing); "
         f"{cut_off.name} was not finished (rank_1.json is missing)"
     )

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from tp2d_helpers.checkpoint import settings
 from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.run_folder import FORMAT, check_origin, last_step, read_manifest, write_manifest
-from tp2d_helpers.checkpoint.settings import continue_run, record_run
+from tp2d_helpers.checkpoint.settings import continue_run, record_run, same_model
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.data.dataset import TokenDataset
 from tp2d_helpers.data.tokens import prepare_tokens
@@ -21,13 +22,14 @@ from tp2d_helpers.preflight.folder import check_checkpoints
 from tp2d_helpers.training.metrics import append
 
 DATA = {"documents": 3, "tokens": 700, "sha256": "abc"}
+MODEL = {"commit": None, "config": "c", "weights": "w", "code": None}
 
 
 @pytest.fixture
 def first(tmp_path: Path) -> Config:
     """A run of 2 × 2 with a global batch of 4, as its first launch records it."""
     config = make_config(storage_path=str(tmp_path), experiment_name="first", batch_size_per_gpu=2, dp_size=2)
-    record_run(config, DATA)
+    record_run(config, DATA, model=MODEL)
     return config
 
 
@@ -108,7 +110,7 @@ def test_auto_is_compared_by_what_it_came_to(first: Config) -> None:
 @pytest.mark.parametrize("packing", [True, False, "documents"])
 def test_auto_packing_is_as_the_run_began(first: Config, packing: bool | str) -> None:
     """Older versions recorded True: what "auto" would come to now is of no account."""
-    record_run(first.change(packing=packing), DATA)
+    record_run(first.change(packing=packing), DATA, model=MODEL)
     for checkpoints in range(2):
         assert continue_run(first).packing == packing and continue_run(first.change(packing=packing))
         for other in {True, False, "documents"} - {packing}:
@@ -129,7 +131,7 @@ def test_what_has_changed_is_told(first: Config) -> None:
         assert rows(now)["changed since"] == [
             "num_epochs 1 → 2, learning_rate 1e-05 → 0.001, weight_decay 0.01 → 0.5", "what is set now counts"
         ]  # fmt: skip
-        record_run(now, DATA)
+        record_run(now, DATA, model=MODEL)
     assert "changed since" not in rows(first)
 
 
@@ -159,7 +161,7 @@ def test_every_setting_counts_or_is_refused(first: Config) -> None:
 def test_a_rate_that_another_curve_changes_is_told(first: Config) -> None:
     """Its last before and first after, as a cosine to the end of an epoch has another half of it when there are two."""
     first = first.change(learning_rate_schedule="cosine")
-    record_run(first, DATA)
+    record_run(first, DATA, model=MODEL)
     checkpoint(first)
     append(first.run_dir / "metrics.jsonl", [dict(step=3, learning_rate=7.5e-6)])  # after 2 of 6 steps
     assert "changed since" not in rows(first)
@@ -195,7 +197,50 @@ def test_the_last_step(first: Config, where: dict[str, int] | None, steps: int, 
     assert last_step(first.change(num_epochs=num_epochs), steps) == last
 
 
-# The data.
+# The model and the data.
+
+
+NAMES = dict(model_name="a/b", dataset_name="c", dataset_config="d", text_column="e", text_files="paragraph",
+             dataset_percentage=50.0, eval_dataset_name="f")  # fmt: skip
+
+
+def test_names_do_not_count_where_contents_do(first: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run with a checkpoint; of one without, contents may change under the names that they had."""
+    now = {**MODEL}
+    monkeypatch.setattr(settings, "model_identity", lambda *model: dict(now))
+    other = {**DATA, "sha256": "def"}
+    named = first.change(**NAMES)
+    for have_checkpoint in (False, True):
+        assert continue_run(named) == named and same_model(named) == now
+        rows(named)
+        if have_checkpoint:
+            with pytest.raises(ConfigError, match="its tokens are not those"):
+                rows(first, data=other)
+        else:
+            assert not rows(first, data=other)
+        with pytest.raises(ConfigError, match="its tokens are not those"):
+            rows(named, data=other)
+        now["weights"] = "other"
+        with pytest.raises(ConfigError, match=r"its weights are not what .* weights w… then, weights other… now"):
+            same_model(named)
+        if have_checkpoint:
+            with pytest.raises(ConfigError, match=r"its weights are not what .* or take another experiment_name"):
+                same_model(first)
+        else:
+            assert same_model(first) == now
+            checkpoint(first)
+        now["weights"] = "w"
+
+
+def test_a_run_of_an_older_version_is_told_by_its_names(first: Config) -> None:
+    record_run(first)
+    checkpoint(first)
+    assert rows(first)["checkpoint"][1] == (
+        "goes on from checkpoint_00000003, model and data compared by name alone, as an older version recorded them"
+    )
+    for name, value in NAMES.items():
+        with pytest.raises(ConfigError, match=f"{name}: .* then, .*{value}.* now"):
+            continue_run(first.change(**{name: value}))
 
 
 @pytest.fixture
@@ -212,7 +257,7 @@ def write(path: Path, *documents: str) -> Path:
 def test_other_data_under_the_same_name(first: Config, identity: Callable, tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", "the with statement", "yield")
     then = identity(path)
-    record_run(first, then)
+    record_run(first, then, model=MODEL)
     checkpoint(first)
     write(path, "the with statement", "await")  # equally many documents, and tokens or not
     now = identity(path)
@@ -228,7 +273,7 @@ def test_the_same_data_in_another_file(first: Config, identity: Callable, tmp_pa
     """What counts is what is trained on."""
     path = write(tmp_path / "data.jsonl", "the with statement", "yield")
     then = identity(path)
-    record_run(first, then)
+    record_run(first, then, model=MODEL)
     checkpoint(first)
     if change == "touched":
         os.utime(path, (1, 1))
@@ -267,7 +312,7 @@ def test_a_lost_config_is_refused_before_anything_is_written(first: Config) -> N
         continue_run(trusting.change(seed=7))
     with pytest.raises(ConfigError, match="its tokens are not those"):
         rows(trusting, data={**DATA, "sha256": "def"})
-    record_run(continue_run(trusting), DATA)
+    record_run(continue_run(trusting), DATA, model=MODEL)
     assert read_manifest(checkpoint(first, step=4))["run_id"] == run_id
     assert continue_run(first) == first  # it is whole again
 

@@ -332,3 +332,32 @@ def test_not_a_dataset(cache: Path, tokenizer: str, tmp_path: Path, name: str, m
 def test_hub_out_of_reach_offers_the_demo(cache: Path, tokenizer: str) -> None:
     with pytest.raises(ConfigError, match=r'no-such-owner/no-such-dataset.*Without a way to the hub, take "demo"'):
         prepare_tokens(tokenizer, "no-such-owner/no-such-dataset")
+
+
+@pytest.mark.parametrize("folder", ["a,b", "d[1]", "w*", "q?", "x{y}%s", "s p'\"", "c:d;e", "#h&$!", "p|q(r)^+", "é"])
+def test_a_folder_of_any_name(tmp_path: Path, folder: str) -> None:
+    """By itself, by a glob in it, by files of it; beside folders that its name would match as a glob."""
+    place = tmp_path / folder
+    for base in (place, tmp_path / "d1", tmp_path / "wx", tmp_path / "qx"):
+        base.mkdir()
+        for name in ("one.jsonl", "two.jsonl"):
+            (base / name).write_text('{"text": "a"}\n')
+    one, two = place / "one.jsonl", place / "two.jsonl"
+    for name, files in (
+        (place, [one, two]),
+        (place / "*.jsonl", [one, two]),
+        (one, [one]),
+        (f"{two}, {one}", [two, one]),
+    ):
+        assert local_files(str(name)).used == files
+        assert local_files(absolute_name(str(name))).used == files
+
+
+def test_a_clone_in_a_folder_whose_name_is_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "d[1]").mkdir()
+    (tmp_path / "d[1]" / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "d[1]" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.jsonl\n---\n"
+    )
+    with pytest.raises(ConfigError, match=r"its README.md declares configs, .* rename the folder"):
+        local_files(str(tmp_path / "d[1]"))

@@ -164,7 +164,10 @@ def test_the_way_to_write_it_is_named(name: str, value: Any, right: str) -> None
     ("cluster_wait_seconds", -1, "equal to 0"), ("precision", "int8", "'auto', 'bf16', 'fp16', 'fp32' or 'fp8'"),
     ("master_weights", "fp16", "'fp32' or 'bf16'"), ("model_name", "", "at least 1 character"),
     ("dataset_name", "", "at least 1 character"), ("text_column", "", "at least 1 character"),
-    ("experiment_name", "", "a plain folder name"),
+    ("experiment_name", "", "a plain folder name"), ("experiment_name", "a\nb", "must not have line breaks"),
+    ("storage_path", "/tmp/a\0b", "characters that can't be seen"), ("storage_path", "~nobody-here/x", "no such user"),
+    ("model_name", "~nobody-here/x", "~nobody-here: no such user"),
+    ("dataset_name", "a.txt, ~nobody-here/b.txt", "~nobody-here: no such user"),
     ("experiment_name", "runs/first", "without slashes"), ("experiment_name", "..", "a plain folder name"),
     ("experiment_name", "a\\b", "without slashes"), ("storage_path", "", "the path of a folder"),
     ("storage_path", "s3://bucket/runs", "a mounted share, not a URL"),
@@ -673,6 +676,32 @@ def test_a_continued_run(cluster: dict[str, float], actors: list[str], tmp_path:
     with pytest.raises(ConfigError, match=r"holds checkpoints, but no config\.json .* set trust_checkpoint to True"):
         plan.preflight(first)
     assert not actors and sorted(run_dir.rglob("*")) == before
+
+
+def test_a_run_is_told_by_what_is_in_the_model_and_the_data(
+    cluster: dict[str, float], tmp_path: Path, model: Callable[..., Path]
+) -> None:
+    """A path that has other contents is refused, other paths of the same contents are taken."""
+    folder, data = model("llama"), lines(tmp_path / "data.jsonl", *[{"text": "some text of a dataset"}] * 40)
+    settings = {**SMALL, "model_name": str(folder), "dataset_name": data, "seq_length": 16, "lora_rank": 4}
+    first = make_config(**settings, storage_path=str(tmp_path), experiment_name="first", debug_steps=3)
+    run_dir = plan.preflight(first).config.run_dir
+    where = dict(step=2, epoch=0, epoch_step=2, world_size=1, tp_size=1, dp_size=1, zero_stage=1, metrics={"loss": 1.0})
+    write_manifest(run_dir / "checkpoint_00000002", 0, {}, **where)
+    moved = first.change(
+        model_name=str(shutil.copytree(folder, tmp_path / "moved")),
+        dataset_name=lines(tmp_path / "renamed.jsonl", *[{"body": "some text of a dataset"}] * 40),
+        text_column="body",
+    )
+    rows = {name: row for name, *row in plan.preflight(moved).rows}
+    assert rows["checkpoint"][1] == "goes on from checkpoint_00000002"
+    assert f"model_name '{folder}' → '{tmp_path / 'moved'}'" in rows["changed since"][0]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model_name = .* its weights are not what this run was trained on: "):
+        plan.preflight(first)
+    plan.preflight(moved)
 
 
 def test_a_run_that_is_being_written_is_refused(cluster: dict[str, float], actors: list[str], tmp_path: Path) -> None:

@@ -90,6 +90,18 @@ def test_a_user_without_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_environment()
 
 
+def test_a_locale_without_letters(home: Path) -> None:
+    """As of a container without a locale, in which Python's own way out is off."""
+    check = "from tp2d_helpers.preflight.environment import check_environment; check_environment()"
+    environment = {name: value for name, value in os.environ.items() if name != "LANG"}
+    environment |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": IMPORT_PATH}
+    for utf8, code in (("0", 1), ("1", 0)):
+        run = subprocess.run([sys.executable, "-c", check], env=environment | {"PYTHONUTF8": utf8}, capture_output=True)
+        assert run.returncode == code, run.stderr
+        assert (b"ConfigError: PYTHONUTF8 = '0': Python writes file names, " in run.stderr) == bool(code)
+        assert (b"set PYTHONUTF8 to 1 (or LANG to C.UTF-8, and unset LC_ALL)" in run.stderr) == bool(code)
+
+
 def test_an_address_at_which_something_else_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and says nothing. Ray would wait for more than three minutes."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,14 @@ PREFIX = "base_model.model."  # that peft puts before a module's name
 # In a mixture, peft takes targets of these names for the experts that transformers 4 had, whatever stands before them
 # (`_convert_peft_config_moe`). Dense layers and shared experts have them, too: their weights are named instead.
 OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def base_model(
+    model: ModelFacts, model_name: str, settings: dict[str, Any], trust_remote_code: bool
+) -> torch.nn.Module:
+    """What training began with. The weights stay mapped files, as far as they have the dtype that was trained in."""
+    transformers.set_seed(settings.get("seed", 42))  # what the files lack was drawn from it
+    return load_model(model_name, model.config.dtype, trust_remote_code)
 
 
 class Adapters:
@@ -56,25 +63,18 @@ class Adapters:
         cuts = {"A": cut if cut and cut.dim == 1 else None, "B": cut if cut and cut.dim == 0 else None}
         return tuple(whole_weight(names[kind], self.ranks, shapes[kind], self.dtype, cuts[kind]) for kind in shapes)
 
-    def merged(self, trust_remote_code: bool) -> Callable[[str], torch.Tensor]:
-        """What gives a weight of the model by its name: W, or W + s · B A in fp32, rounded once to its dtype.
+    def merge(self, name: str, base: torch.nn.Module) -> torch.Tensor:
+        """A weight of the model with its adapter: W, or W + s · B A in fp32, rounded once to its dtype.
 
-        The model's own weights stay mapped files, as far as they have the dtype that was trained in.
+        Args:
+            base: what `base_model` gives.
         """
-        transformers.set_seed(self.settings["seed"])  # what the files lack was drawn from it
-        base = load_model(self.settings["model_name"], self.dtype, trust_remote_code)
-        scale = self.settings["lora_alpha"] / self.rank
-
-        def weight(name: str) -> torch.Tensor:
-            """A whole weight."""
-            found, (layer, _, kind) = base.get_parameter(name).detach(), name.rpartition(".")
-            if layer not in self.targets or kind != "weight":
-                return found.contiguous()
-            A, B = (matrix.float() for matrix in self.matrices(layer))
-            product = scale * B @ A
-            return (found.float() + (product.T if self.transposed else product)).to(self.dtype)
-
-        return weight
+        found, (layer, _, kind) = base.get_parameter(name).detach(), name.rpartition(".")
+        if layer not in self.targets or kind != "weight":
+            return found.contiguous()
+        A, B = (matrix.float() for matrix in self.matrices(layer))
+        product = self.settings["lora_alpha"] / self.rank * B @ A
+        return (found.float() + (product.T if self.transposed else product)).to(self.dtype)
 
     def save(self, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads."""
@@ -98,7 +98,7 @@ class Adapters:
             "bias": "none",
             "inference_mode": True,
         } | ({"target_parameters": weights} if weights else {})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _named(self) -> tuple[list[str], list[str]]:
         """`target_modules`: by the last parts of their names, where no other module has it; and `target_parameters`."""

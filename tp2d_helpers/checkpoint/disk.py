@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tp2d_helpers import heartbeat
+from tp2d_helpers.config import ConfigError
 
 CHUNK = 64 * 2**20  # bytes that reach the disk before the next ones are written
+
+
+def free_bytes(folder: Path) -> int:
+    """What the file system of a folder, or of the first one above it that exists, has room for."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def check_space(folder: Path, needed: float, what: str, setting: str = "") -> None:
+    """See that there is room before anything is written.
+
+    Args:
+        needed: bytes.
+        what: takes them.
+        setting: begins the error.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if (free := free_bytes(folder)) < needed:
+        raise ConfigError(
+            f"{setting}{what} needs {size(needed)}, and the disk of {folder} has {size(free)} free; make room there"
+        )
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 class Disk:

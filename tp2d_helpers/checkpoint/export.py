@@ -17,7 +17,7 @@ from tp2d_helpers.config import reason
 def _recorded_model(path: Path) -> str:
     """`model_name` in the settings that a run recorded."""
     try:
-        return str(json.loads(path.read_text())["model_name"])
+        return str(json.loads(path.read_text(encoding="utf-8"))["model_name"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} does not say which model was trained ({reason(error)}): name it by --model") from None
 

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from tp2d_helpers.config import Config, ConfigError
 _HELD = contextlib.ExitStack()  # until the process ends
 WRITER = ".writer.json"
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}  # what a file system without locks answers
+PLAIN = re.compile(r"[\w/.-]+", re.ASCII)
 SIGN_SECONDS = 5  # between two signs of life of an owner
 WATCH_SECONDS = 20  # without one, and it is dead; above the seconds that a node may see an old file for
 DEAD_SECONDS = 3600  # an age that no difference between two nodes' clocks explains
@@ -34,7 +37,7 @@ def write_json(path: Path, value: dict[str, Any], durable: bool = True) -> None:
     """
     scratch = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(scratch, "w") as file:
+    with open(scratch, "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2) + "\n")
         if durable:
             file.flush()
@@ -42,6 +45,21 @@ def write_json(path: Path, value: dict[str, Any], durable: bool = True) -> None:
     scratch.replace(path)
     if durable:
         flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """A path to a folder in which no character means anything but itself: DeepSpeed makes globs and patterns of paths.
+
+    That is the folder's own, or that of a link to it, which is gone afterwards.
+    """
+    if PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="tp2d-") as scratch:
+        link = Path(scratch, "folder")
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
 
 
 def flush_folder(folder: Path) -> None:
@@ -56,14 +74,14 @@ def flush_folder(folder: Path) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """An object per line; none without the file. An incomplete last line, of a killed process, is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote; empty if there is no such file, or it can't be read."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -72,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def machine() -> str:
     """What tells this machine, as long as it runs, from all others: the processes on it share one kernel's locks."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return socket.gethostname()
 
 

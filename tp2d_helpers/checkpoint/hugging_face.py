@@ -13,23 +13,28 @@ import functools
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file
 
-from tp2d_helpers.checkpoint.adapters import Adapters
+from tp2d_helpers.checkpoint.adapters import Adapters, base_model
 from tp2d_helpers.checkpoint.card import model_card, run_settings
+from tp2d_helpers.checkpoint.disk import check_space
+from tp2d_helpers.checkpoint.identity import PARTS, check_model, model_identity
+from tp2d_helpers.checkpoint.mark import check_output, write_mark
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, open_shards, whole_weight
 from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.tokens import load_tokenizer
-from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.plan import Plan
 
@@ -61,57 +66,90 @@ def export_checkpoint(
 
     Args:
         checkpoint: the folder that Ray Train kept, with DeepSpeed's folder `step_<n>` in it. It is only read.
-        model_name: the model that was trained; its config and tokenizer are copied.
+        model_name: the model that training began with, wherever it is now; its config, tokenizer and code are copied.
         folder: where the export goes; it appears at once, when it is complete, in place of an older export.
 
     Raises:
         FileNotFoundError: if the checkpoint lacks a file.
         ValueError: if a file is damaged or holds code, if a weight of the model is not in the checkpoint or does not
-            fit together, or if `folder` holds something other than an export.
+            fit together, if the model is not the one that the run began with, if `folder` holds something other than an
+            export, or if there is too little room for it.
     """
     folder, tag = Path(folder), checkpoint_tag(Path(checkpoint))
-    _check_output(folder, model_name)
-    model = ModelFacts.read(model_name, trust_remote_code)
+    check_output(folder, model_name)
+    model, settings = ModelFacts.read(model_name, trust_remote_code), run_settings(tag.parent)
+    whole, weight, adapters = _trained(tag, model, model_name, settings, trust_remote_code)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_space(folder, sum(tensor.nbytes for tensor in whole.values()), "the export")
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
+        new = Path(scratch, "new")
+        new.mkdir()
+        _write_config(new, model, model_name, settings, trust_remote_code)
+        _write_weights(new, model.meta, whole, weight)
+        if adapters:
+            adapters.save(new / "adapter")
+        model_card(tag.parent, model_name, model.part_of).save(new / "README.md")
+        write_mark(new)
+        check_output(folder, model_name)  # it may have taken minutes
+        if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
+            folder.rename(Path(scratch, "older"))
+        new.rename(folder)
+    return folder
+
+
+def _trained(
+    tag: Path, model: ModelFacts, model_name: str, settings: dict[str, Any], trust_remote_code: bool
+) -> tuple[dict[str, torch.Tensor], Callable[[str], torch.Tensor], Adapters | None]:
+    """(by name, weights and buffers of the shapes and dtypes to write, what gives one of them, LoRA's adapters).
+
+    Raises:
+        ValueError: if they would be put together with a model that the run did not begin with.
+    """
     model.config.dtype, ranks = open_shards(tag)
     whole = {name: parameter.to(model.config.dtype) for name, parameter in model.meta.named_parameters()}
     tied = dict(model.meta.named_parameters(remove_duplicate=False))  # under each of their names
     names = {other: name for name, weight in model.meta.named_parameters() for other in tied if tied[other] is weight}
     whole |= {name: _buffer(name, ranks) for name in model.meta.state_dict() if name not in tied}
-    settings, plan = run_settings(tag.parent), Plan.of(model.meta, len(ranks))
+    plan = Plan.of(model.meta, len(ranks))
     lora = settings | {"model_name": model_name} if settings.get("lora_rank") else {}
     adapters = Adapters(model, plan, ranks, lora) if lora else None
-    merged = adapters and adapters.merged(trust_remote_code)
-    frozen = {name for name, weight in tied.items() if not weight.requires_grad}  # by the class: in no checkpoint
-    begun = load_model(model_name, model.config.dtype, trust_remote_code) if frozen and not lora else None
+    # What a model's class keeps from training is in no checkpoint.
+    frozen = {name for name, weight in tied.items() if not weight.requires_grad and name not in ranks[0]}
+    parts = PARTS if adapters or frozen else [part for part in PARTS if part != "weights"]
+    identity = model_identity(model_name, trust_remote_code)
+    check_model(settings, identity, model_name, parts, cure=", or name the folder where it is now (--model)")
+    if adapters and not settings.get("model"):
+        warnings.warn(f"the run doesn't say what it began with: merged into {model_name} as it is now", stacklevel=3)
+    base = base_model(model, model_name, settings, trust_remote_code) if adapters or frozen else None
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, or buffer."""
-        if merged and name in tied:
-            return merged(name)
+        if adapters and name in tied:
+            return adapters.merge(name, base)
         if name in frozen:
-            return begun.get_parameter(name).detach().contiguous()
+            return base.get_parameter(name).detach().contiguous()
         return whole_weight(name, ranks, whole[name].shape, whole[name].dtype, plan.cuts.get(names.get(name, name)))
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
-        new = Path(scratch, "new")
-        model.config.architectures = [type(model.meta).__name__]
-        model.config.save_pretrained(new)
-        # With the chat template that the run was trained by: what answers must be asked in the same form.
-        tokenizer = load_tokenizer(model_name, trust_remote_code, settings.get("chat_template", ""))
-        tokenizer.save_pretrained(new)
-        with contextlib.suppress(OSError):  # not every model has one
-            shutil.copy(cached_file(model_name, "generation_config.json"), new)
-        if settings.get("chats"):
-            _end_turns(new, model, tokenizer)
-        _write_weights(new, model.meta, whole, weight)
-        if adapters:
-            adapters.save(new / "adapter")
-        model_card(tag.parent, model_name, model.part_of).save(new / "README.md")
-        if folder.exists():  # a folder can't be replaced in one step, but in two quick ones
-            folder.rename(Path(scratch, "older"))
-        new.rename(folder)
-    return folder
+    return whole, weight, adapters
+
+
+def _write_config(
+    folder: Path, model: ModelFacts, model_name: str, settings: dict[str, Any], trust_remote_code: bool
+) -> None:
+    """All but the weights: config, code that the model comes with, tokenizer, what generation needs."""
+    model.config.architectures = [type(model.meta).__name__]
+    if model.meta.is_remote_code():  # the config and the tokenizer see to their own files
+        custom_object_save(model.meta, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    # With the chat template that the run was trained by: what answers must be asked in the same form.
+    template = settings.get("template")  # older runs recorded no more than the file's name
+    tokenizer = load_tokenizer(model_name, trust_remote_code, "" if template else settings.get("chat_template", ""))
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    with contextlib.suppress(OSError):  # not every model has one
+        shutil.copy(cached_file(model_name, "generation_config.json"), folder)
+    if settings.get("chats"):
+        _end_turns(folder, model, tokenizer)
 
 
 def _end_turns(folder: Path, model: ModelFacts, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
@@ -206,12 +244,4 @@ def _write_weights(
         write_safetensors(folder / file, {name: targets[name] for name in names}, map(target, names))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _check_output(folder: Path, model_name: str) -> None:
-    """Only an older export is replaced: of a mistyped folder, all would be gone."""
-    if folder.resolve() == Path(model_name).resolve():
-        raise ValueError(f"{folder} is the model that training began with: take another folder")
-    if folder.exists() and any(folder.iterdir()) and not any(folder.glob("model*.safetensors")):
-        raise ValueError(f"{folder} holds something other than an export: take another folder, or remove it")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -25,7 +25,8 @@ from deepspeed.checkpoint import constants, ds_to_universal
 from torch.utils.serialization import config as serialization
 
 from tp2d_helpers import heartbeat
-from tp2d_helpers.checkpoint.files import flush_folder, read_json, write_json
+from tp2d_helpers.checkpoint.disk import check_space
+from tp2d_helpers.checkpoint.files import flush_folder, plain_path, read_json, write_json
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.settings import fit_global_batch
 from tp2d_helpers.checkpoint.shards import SAFE
@@ -115,27 +116,49 @@ def convert(checkpoint: Path, workers: int = 1) -> Path:
     universal = checkpoint / UNIVERSAL
     for left in checkpoint.glob(f"{UNIVERSAL}.*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
+    check_space(checkpoint, universal_bytes(checkpoint)[0], "its form for another grid")
     scratch = checkpoint / f"{UNIVERSAL}.{uuid.uuid4().hex}.tmp"
+    try:
+        with plain_path(checkpoint) as place:
+            _convert(place, scratch.name, workers)
+        files = [path for path in scratch.rglob("*") if path.is_file()]
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
+        write_json(scratch / LIST, {"of": _made_of(checkpoint), "files": sizes})
+        shutil.rmtree(universal, ignore_errors=True)
+        scratch.rename(universal)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        (checkpoint / "latest_universal").unlink(missing_ok=True)  # names the scratch folder
+    flush_folder(checkpoint)
+    return universal
+
+
+def universal_bytes(checkpoint: Path) -> tuple[float, float]:
+    """What a conversion takes of the disk: (at its peak, at its end). Measured at ZeRO stages 1 to 3.
+
+    Masters and moments are there in pieces and, beside these, whole; of one replica at stage 3 once more.
+    """
+    tag = checkpoint_tag(checkpoint)
+    files = list(tag.glob("*optim_states.pt"))
+    whole = sum(path.stat().st_size for path in files)
+    alone = any(tag.glob(f"{STAGE_3}*model_states.pt")) and not any(tag.glob("*zero_pp_rank_1_mp_rank_*"))
+    return (3 if alone else 2) * whole, whole
+
+
+def _convert(checkpoint: Path, scratch: str, workers: int) -> None:
+    """Make the universal form in the checkpoint's folder `scratch`."""
     # Without AutoTP (tp_size 1) DeepSpeed does not say how parameters are cut: "missing state" stands for: not at all.
     arguments = argparse.Namespace(
-        input_folder=str(checkpoint_tag(checkpoint)), output_folder=str(scratch),
+        input_folder=str(checkpoint_tag(checkpoint)), output_folder=str(checkpoint / scratch),
         num_extract_workers=workers, num_merge_workers=workers,
         keep_temp_folder=False, strict=True, inject_missing_state=True,
     )  # fmt: skip
     with safe_loading(), serialization.patch(**{"load.mmap": True}), contextlib.redirect_stdout(sys.stderr):
         ds_to_universal.main(arguments)
-        _complete(scratch, workers)
-    (checkpoint / "latest_universal").unlink(missing_ok=True)  # names the scratch folder
-    files = [path for path in scratch.rglob("*") if path.is_file()]
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
-    write_json(scratch / LIST, {"of": _made_of(checkpoint), "files": sizes})
-    shutil.rmtree(universal, ignore_errors=True)
-    scratch.rename(universal)
-    flush_folder(checkpoint)
-    return universal
+        _complete(checkpoint / scratch, workers)
 
 
 def _complete(scratch: Path, workers: int) -> None:

@@ -78,9 +78,9 @@ def write_manifest(folder: Path, rank: int, files: dict[str, int], **facts: Any)
     write_json(folder / f"rank_{rank}.json", {**facts, **own})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of rank 0: the grid that wrote the checkpoint, its step, the run's id."""
-    return json.loads((folder / "rank_0.json").read_text())
+def read_manifest(folder: Path, rank: int = 0) -> dict[str, Any]:
+    """The manifest of a rank: the grid that wrote the checkpoint, its step, the run's id, the rank's files."""
+    return json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
 
 
 def is_finished(folder: Path) -> bool:
@@ -94,7 +94,7 @@ def problem_of(folder: Path) -> str | None:
     """Why a checkpoint can't be used, in a few words with the file; None if it is complete."""
     try:
         world_size = read_manifest(folder)["world_size"]
-        manifests = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(world_size)]
+        manifests = [read_manifest(folder, rank) for rank in range(world_size)]
     except FileNotFoundError as error:
         return f"was not finished ({Path(error.filename).name} is missing)"
     except (ValueError, KeyError, TypeError):
@@ -206,7 +206,7 @@ def mend_ray_snapshot(config: Config) -> None:
     if config.keep_checkpoints_by != "newest":  # Ray keeps the last of its list; one without the metric is the worst
         order = dict(sorted(order.items(), key=lambda item: _score(metrics[item[0]], config.keep_checkpoints_by)))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
         listed = [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
         if state["ray_version"] == importlib.metadata.version("ray") and listed == list(order):
             return

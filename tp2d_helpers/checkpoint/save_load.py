@@ -24,6 +24,8 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.utils.data import DataLoader
 
 from tp2d_helpers.checkpoint import run_folder
+from tp2d_helpers.checkpoint.files import plain_path
+from tp2d_helpers.checkpoint.identity import check_agreement
 from tp2d_helpers.checkpoint.resize import UNIVERSAL, safe_loading, universal_checkpoint
 from tp2d_helpers.checkpoint.restore import (
     load_trained,
@@ -37,7 +39,6 @@ from tp2d_helpers.checkpoint.run_folder import Progress
 from tp2d_helpers.checkpoint.writer import CheckpointWriter
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.engine import PRECISIONS
-from tp2d_helpers.speed.agreement import everywhere
 from tp2d_helpers.speed.optimizer import FusedZeroOptimizer
 
 
@@ -129,20 +130,21 @@ def load_checkpoint(
         The progress at the checkpoint, all zeros if there is none.
 
     Raises:
-        ConfigError: if another run wrote it, and `trusted` is False; or if a rank has other data than the run.
+        ConfigError: if another run wrote it, and `trusted` is False; or if a rank has another model or other
+            data than the run.
         RuntimeError: if the checkpoint is there but can't be loaded.
     """
     folder, tag, moved = _on_rank_0(lambda: _choose(engine, Path(run_dir), trusted))
     if loader:
-        _check_data(loader, Path(run_dir))
+        check_agreement(engine, loader, Path(run_dir))
     if folder is None:
         return Progress()
     engine.checkpoint_engine = CheckpointWriter()
     # What the key "checkpoint": {"load_universal": …} of the config sets for good, before it is known what is there.
     engine.load_universal_checkpoint = lambda: tag == UNIVERSAL
     try:
-        with safe_loading(), settings_stay(engine), without_padding(engine):
-            path, state = engine.load_checkpoint(str(folder), tag=tag, custom_load_fn=load_trained)
+        with safe_loading(), settings_stay(engine), without_padding(engine), plain_path(folder) as place:
+            path, state = engine.load_checkpoint(str(place), tag=tag, custom_load_fn=load_trained)
     except pickle.UnpicklingError as error:
         raise RuntimeError(f"{folder} holds code, which is not executed; remove it ({reason(error)})") from error
     del engine.load_universal_checkpoint
@@ -156,18 +158,6 @@ def load_checkpoint(
     if loader and progress.epoch_step >= loader.batch_sampler.steps_per_epoch:
         progress.epoch, progress.epoch_step = progress.epoch + 1, 0
     return progress
-
-
-def _check_data(loader: DataLoader, run_dir: Path) -> None:
-    """See that what each node has tokenised is what the driver has: a file may be another there, or by now."""
-    found = everywhere(loader.dataset.identity)
-    planned = run_folder.recorded(run_dir).get("data") or found[0]
-    for rank, data in enumerate(found):
-        if data != planned:
-            raise ConfigError(
-                f"dataset_name: rank {rank} has other data than the run ({data}, not {planned}); all nodes must see "
-                "the same files, and these must stay as they are"
-            )
 
 
 def _choose(engine: deepspeed.DeepSpeedEngine, run_dir: Path, trusted: bool) -> tuple[Path | None, str, bool]:

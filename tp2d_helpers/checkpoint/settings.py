@@ -12,18 +12,29 @@ from typing import Any
 
 from tp2d_helpers.checkpoint.card import versions
 from tp2d_helpers.checkpoint.files import write_json
+from tp2d_helpers.checkpoint.identity import check_model, model_identity
 from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, read_manifest, recorded
 from tp2d_helpers.config import Config, ConfigError, make_config
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
-IDENTITY = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
-            "packing", "seq_length", "seed", "eval_samples", "eval_dataset_name", "precision",
-            "master_weights", "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
+IDENTITY = ("packing", "seq_length", "seed", "eval_samples", "precision", "master_weights",
+            "lora_rank", "lora_alpha", "lora_targets")  # fmt: skip
+# What these name is told by its contents, which the run records under these names. A run of an older version, which
+# recorded none, is told by the settings themselves.
+CONTENTS = {"model": ("model_name",),
+            "data": ("dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
+                     "eval_dataset_name")}  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
 
 
-def record_run(config: Config, data: dict[str, Any] | None = None, chats: bool = False) -> None:
+def record_run(
+    config: Config,
+    data: dict[str, Any] | None = None,
+    chats: bool = False,
+    model: dict[str, Any] | None = None,
+    template: str | dict[str, str] | None = None,
+) -> None:
     """Write settings and versions into the run's folder, for those who continue it, and its checkpoints' id.
 
     Where `config.json` was lost and the user trusts the checkpoints, it is the id that the newest one bears.
@@ -31,6 +42,8 @@ def record_run(config: Config, data: dict[str, Any] | None = None, chats: bool =
     Args:
         data: what was tokenised (`TokenDataset.identity`).
         chats: whether it is chats.
+        model: what training begins with (`model_identity`).
+        template: the chat template.
     """
     newest, _ = newest_checkpoint(config.run_dir)
     run_id = recorded(config.run_dir).get("run_id") or (newest and read_manifest(newest).get("run_id"))
@@ -38,6 +51,8 @@ def record_run(config: Config, data: dict[str, Any] | None = None, chats: bool =
         **config.model_dump(),
         "data": data,
         "chats": chats,
+        "model": model,
+        "template": template,
         "versions": versions(),
         "run_id": run_id or uuid.uuid4().hex,
     }
@@ -76,7 +91,8 @@ def continue_run(config: Config) -> Config:
     if config.packing == "auto":  # as the run began, whatever "auto" would be now
         config = config.change(packing=found.get("packing", "auto"))
     now = config.model_dump()
-    names = [name for name in IDENTITY if name in found and found[name] != now[name]]
+    by_name = [name for kind, names in CONTENTS.items() if not found.get(kind) for name in names]
+    names = [name for name in (*by_name, *IDENTITY) if name in found and found[name] != now[name]]
     if "auto" in (found.get("precision"), now["precision"]):  # not known before the launch: see `load_checkpoint`
         names = [name for name in names if name != "precision"]
     differing = [f"{name}: {found[name]!r} then, {now[name]!r} now" for name in names]
@@ -112,6 +128,27 @@ def changes(then: dict[str, Any], config: Config) -> str:
     """
     now = config.model_dump(exclude={"storage_path", "experiment_name"})  # the folder may have been moved
     return ", ".join(f"{k} {then[k]!r} → {v!r}" for k, v in now.items() if k in then and then[k] != v)
+
+
+def must_stay(kind: str, then: dict[str, Any], config: Config, newest: Path | None) -> bool:
+    """Whether a run's model or data ("model", "data") must be what it was: once it has a checkpoint, whatever it is
+    called; before, if it is called otherwise, as a name that was taken before may be meant for another run.
+    """
+    now = config.model_dump(include={*CONTENTS[kind]})
+    return bool(newest) or any(then.get(name, value) != value for name, value in now.items())
+
+
+def same_model(config: Config) -> dict[str, Any]:
+    """The identity of the config's model, which is that of the run in its folder, if there is one.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    newest, _ = newest_checkpoint(config.run_dir)
+    then, now = settings_of(config.run_dir, newest), model_identity(config.model_name, config.trust_remote_code)
+    if must_stay("model", then, config, newest):
+        check_model(then, now, config.model_name, cure=", or take another experiment_name")
+    return now
 
 
 def check_same_data(then: dict[str, Any] | None, now: dict[str, Any], dataset_name: str) -> None:

@@ -42,7 +42,7 @@ class TokenDataset(Dataset):
     def __init__(self, folder: Path, seq_length: int, packing: Packing = True, eval_samples: int = 0) -> None:
         self.seq_length, self.eval_samples = seq_length, eval_samples
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.pad = self.meta["pad"]
         masked = (folder / "mask.bin").exists()
         self.mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r") if masked else None

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,25 @@ def _parts(dataset_name: str) -> list[str]:
     """The paths and globs in the name of a local dataset; none in that of any other."""
     if dataset_name in ("", "demo"):
         return []
-    parts = [part.strip() for part in dataset_name.split(",") if part.strip()]
+    parts = [part.strip() for part in _between_commas(dataset_name) if part.strip()]
     local = len(parts) > 1 or GLOB.search(dataset_name) or dataset_name.startswith((".", "/", "~"))
     return [dataset_name] if Path(dataset_name).expanduser().exists() else parts if local else []
+
+
+def _between_commas(name: str) -> Iterator[str]:
+    """The parts of a name, the longest first: a comma may belong to a path that is there."""
+    pieces = name.split(",")
+    while pieces:
+        ends = range(len(pieces), 1, -1)
+        there = (end for end in ends if _there(Path(",".join(pieces[:end]).strip()).expanduser()))
+        end = next(there, 1)
+        yield ",".join(pieces[:end])
+        pieces = pieces[end:]
+
+
+def _there(path: Path) -> list[Path]:
+    """A path that is there, or what it matches as a glob."""
+    return [path] if path.exists() else _look_in(path)[1]
 
 
 def _files_of(path: Path, dataset_config: str, name: str) -> Files:
@@ -84,7 +101,15 @@ def _files_of(path: Path, dataset_config: str, name: str) -> Files:
     if not path.exists() and path == base:
         raise ConfigError(f"{name}: no such file or folder" + f" as {path}" * (str(path) not in name))
     if declared:
-        builder = datasets.load_dataset_builder(str(path), dataset_config or None)
+        try:
+            builder = datasets.load_dataset_builder(str(path), dataset_config or None)
+        except FileNotFoundError as error:
+            if not GLOB.search(str(path)):
+                raise
+            raise ConfigError(
+                f"{name}: its README.md declares configs, and `datasets`, which reads them, takes the *, ? or [ in the "
+                "folder's path for a pattern; rename the folder, or name the files in it"
+            ) from error
         used = [Path(file) for file in builder.config.data_files["train"]]
     elif (used := _saved_files(path, name)) is None:
         used = [p for p in found if p.is_file() and format_of(p) and p.name not in NOT_DATA]
@@ -103,7 +128,7 @@ def _files_of(path: Path, dataset_config: str, name: str) -> Files:
 def _saved_files(path: Path, name: str) -> list[Path] | None:
     """The files of a folder that `save_to_disk` wrote: what `map` cached beside them is no data. None of any other."""
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         if "train" not in splits:
             raise ConfigError(
                 f"{name}: it has no split 'train' but {splits}; name the folder of one: {path / splits[0]}"
@@ -111,7 +136,9 @@ def _saved_files(path: Path, name: str) -> list[Path] | None:
         path = path / "train"
     if not (path / "state.json").is_file():
         return None
-    return [path / file["filename"] for file in json.loads((path / "state.json").read_text())["_data_files"]]
+    return [
+        path / file["filename"] for file in json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    ]
 
 
 def absolute_name(dataset_name: str) -> str:
@@ -122,13 +149,14 @@ def absolute_name(dataset_name: str) -> str:
 def paths_of(dataset_name: str) -> list[Path]:
     """The files and folders that the name of a local dataset leads to; none of any other."""
     paths = [Path(part).expanduser() for part in _parts(dataset_name)]
-    return [found for path in paths for found in ([path] if path.exists() else _look_in(path)[1])]
+    return [found for path in paths for found in _there(path)]
 
 
 def _look_in(path: Path) -> tuple[Path, list[Path]]:
     """A folder and all that is in it; of a glob the folder that it begins with, and what it matches; nothing hidden."""
-    whole = itertools.takewhile(lambda part: path.exists() or not GLOB.search(part), path.parts)
-    base = Path(*whole)
+    prefixes = itertools.accumulate(map(Path, path.parts), Path.joinpath)
+    whole = itertools.takewhile(lambda prefix: prefix.exists() or not GLOB.search(prefix.name), prefixes)
+    base = max(whole, key=lambda prefix: len(prefix.parts), default=Path())
     found = sorted(base.glob("**/*" if path == base else str(path.relative_to(base))))
     return base, [p for p in found if not any(part[0] == "." for part in p.relative_to(base).parts)]
 

@@ -140,4 +140,4 @@ class TokenWriter:
         np.save(self.folder / "first.npy", firsts[which])
         meta = {"rows": rows, "documents": len(self.digests), "tokens": self.size, "pad": pad,
                 "highest": self.highest, "sha256": self.whole.hexdigest(), **more}  # fmt: skip
-        (self.folder / "meta.json").write_text(json.dumps(meta))
+        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

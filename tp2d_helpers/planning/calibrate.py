@@ -158,7 +158,7 @@ def in_processes(function: Callable[[int], Any], count: int) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_one_process, (function, count, folder), nprocs=count)
-        return json.loads(Path(folder, "result").read_text())
+        return json.loads(Path(folder, "result").read_text(encoding="utf-8"))
 
 
 def _one_process(rank: int, function: Callable[[int], Any], count: int, folder: str) -> None:
@@ -170,7 +170,7 @@ def _one_process(rank: int, function: Callable[[int], Any], count: int, folder: 
     dist.init_process_group(kind, f"file://{folder}/store", rank=rank, world_size=count)
     found = function(rank)
     if rank == 0:
-        Path(folder, "result").write_text(json.dumps(found))
+        Path(folder, "result").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 

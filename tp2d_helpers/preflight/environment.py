@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def check_environment(starts_ray: bool = False) -> None:
     Raises:
         ConfigError: one line with the variable, its value, and what to set.
     """
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        name = next((name for name in ("PYTHONUTF8", "LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(name)), "LANG")
+        cure = "set PYTHONUTF8 to 1 (or LANG to C.UTF-8, and unset LC_ALL), and start Python again"
+        _refuse(name, f"Python writes file names, texts and what it prints in {encoding}, which lacks letters", cure)
     for name, (good, what) in SWITCHES.items():
         if (value := os.environ.get(name)) not in good and (value or "").lower() not in good:
             _refuse(name, what, "unset it, and start Python again")

@@ -8,7 +8,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from tp2d_helpers.checkpoint.disk import check_space, free_bytes, size
 from tp2d_helpers.checkpoint.files import lock_run
+from tp2d_helpers.checkpoint.resize import universal_bytes, universal_problem
 from tp2d_helpers.checkpoint.run_folder import (
     checkpoints,
     is_finished,
@@ -20,8 +22,10 @@ from tp2d_helpers.checkpoint.run_folder import (
     recorded,
     remove_unfinished,
 )
-from tp2d_helpers.checkpoint.settings import GRID, changes, check_same_data, settings_of
+from tp2d_helpers.checkpoint.settings import CONTENTS, GRID, changes, check_same_data, must_stay, settings_of
 from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import adapter_parameters
 from tp2d_helpers.preflight.cluster import check_nodes
 from tp2d_helpers.training.metrics import read_metrics
 from tp2d_helpers.training.schedule import learning_rate_at
@@ -54,6 +58,42 @@ def check_storage(config: Config) -> str:
                 folder.rmdir()
 
 
+def check_room(config: Config, model: ModelFacts, steps: int) -> str:
+    """What is free of the storage, in words, and what a checkpoint takes.
+
+    Args:
+        steps: per epoch.
+
+    Raises:
+        ConfigError: if the next checkpoint can't be written, or the last one not be converted for another grid.
+    """
+    newest, _ = newest_checkpoint(config.run_dir)
+    needed, setting = checkpoint_bytes(config, model), f"storage_path = {config.storage_path!r}: "
+    if newest and last_step(config, steps) == read_manifest(newest)["step"]:
+        return ""
+    if newest and _is_converted(newest, config) and universal_problem(newest):
+        peak, left = universal_bytes(newest)
+        check_space(config.run_dir, peak, f"converting {newest.name} for the new grid", setting)
+        needed += left
+    check_space(config.run_dir, needed, "the next checkpoint", setting)
+    kept = config.checkpoints_to_keep + 1 - len(checkpoints(config.run_dir))  # a new one comes before an old one goes
+    free, one = free_bytes(config.run_dir), checkpoint_bytes(config, model)
+    tight = f"; tight: up to {config.checkpoints_to_keep + 1} are there at once" if free < kept * one else ""
+    return f", {size(free)} free, a checkpoint takes {size(one)}{tight}"
+
+
+def checkpoint_bytes(config: Config, model: ModelFacts) -> int:
+    """Bytes of a checkpoint: masters and two moments of what is trained; below stage 3 the weights, too."""
+    trained = adapter_parameters(model.meta, config.model_dump()) if config.lora_rank else model.parameters
+    weights = 0 if config.zero_stage == 3 else 4 if config.precision == "fp32" else 2
+    return trained * (weights + 3 * (2 if config.master_weights == "bf16" else 4))
+
+
+def _is_converted(newest: Path, config: Config) -> bool:
+    manifest = read_manifest(newest)
+    return any(manifest[name] != getattr(config, name) for name in GRID)
+
+
 def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps: int) -> list[tuple[str, str, str]]:
     """Rows about the checkpoint that the run will go on from, and about what was set otherwise; none for a new run.
 
@@ -69,15 +109,18 @@ def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps
         removed = remove_unfinished(config.run_dir) if recorded(config.run_dir) else []
         mend_ray_snapshot(config)
     newest, skipped = newest_checkpoint(config.run_dir)
+    then = settings_of(config.run_dir, newest)
+    if must_stay("data", then, config, newest):
+        check_same_data(then.get("data"), data, config.dataset_name)
     if not newest:
         return [("checkpoint", "; ".join(skipped), "begins anew")] if skipped else []
-    then = settings_of(config.run_dir, newest)
-    check_same_data(then.get("data"), data, config.dataset_name)
     finished = [folder for folder in checkpoints(config.run_dir) if is_finished(folder)]
     damaged = [f"{folder.name} {problem}" for folder in finished if (problem := problem_of(folder))]
     chosen = _how_it_goes_on(newest, config, given, steps)
     if damaged:
         chosen.append("damaged checkpoints stay until you remove them")
+    if unknown := [kind for kind in CONTENTS if not then.get(kind)]:
+        chosen.append(f"{' and '.join(unknown)} compared by name alone, as an older version recorded them")
     if removed:
         chosen.append(f"removed, as it could never be used: {'; '.join(removed)}")
     rows = [("checkpoint", "; ".join(dict.fromkeys(skipped + damaged)) or "complete", ", ".join(chosen))]
@@ -88,7 +131,7 @@ def check_checkpoints(config: Config, given: Config, data: dict[str, Any], steps
 
 def _how_it_goes_on(newest: Path, config: Config, given: Config, steps: int) -> list[str]:
     manifest, chosen = read_manifest(newest), [f"goes on from {newest.name}"]
-    if any(manifest[name] != getattr(config, name) for name in GRID):
+    if _is_converted(newest, config):
         chosen.append("converted for the new grid")
     if config.gradient_accumulation_steps != given.gradient_accumulation_steps:
         chosen.append(

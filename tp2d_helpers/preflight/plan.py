@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tp2d_helpers.checkpoint.run_folder import last_step
-from tp2d_helpers.checkpoint.settings import continue_run, record_run
+from tp2d_helpers.checkpoint.settings import continue_run, record_run, same_model
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.data.files import absolute_name
+from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.batch import choose_batch, fit_batch
@@ -38,7 +39,7 @@ from tp2d_helpers.preflight.cluster import (
 )
 from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.data import check_data
-from tp2d_helpers.preflight.folder import check_checkpoints, check_storage
+from tp2d_helpers.preflight.folder import check_checkpoints, check_room, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.training.schedule import check_schedule
@@ -101,6 +102,7 @@ def preflight(config: Config) -> Plan:
     rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     rows.append(("model", *check_model(config, model)))
+    identity = same_model(config)
     rows += check_lora(config, model)
     config, chosen = choose_batch(config, model, resources)
     rows += [*check_memory(config, model, resources), *chosen]
@@ -114,10 +116,12 @@ def preflight(config: Config) -> Plan:
     if given.learning_rate == "auto" or config.learning_rate_schedule != "constant":
         kind = "random weights" if has_random_weights(config.model_name) else "pretrained weights"
         rows.append(("learning rate", "LoRA" if config.lora_rank else kind, schedule))
-    rows.append(("storage", check_storage(config), str(config.run_dir)))
+    room = check_room(config, model, steps)
+    rows.append(("storage", check_storage(config) + room, str(config.run_dir)))
     rows += check_trackers(config)
     rows += check_checkpoints(config, then, data.identity, steps)
-    record_run(config, data.identity, chats=data.mask is not None)
+    template = load_tokenizer(config.model_name, config.trust_remote_code, config.chat_template).chat_template
+    record_run(config, data.identity, data.mask is not None, identity, template)
     return Plan(config, model, resources_per_worker, steps, rows)
 
 

@@ -90,7 +90,7 @@ def _files(model_name: str) -> dict[Path, set[str]]:
         return {found: set()} if found else {}
     _refuse_pointer(found)
     try:
-        place = json.loads(found.read_text())["weight_map"]
+        place = json.loads(found.read_text(encoding="utf-8"))["weight_map"]
         files = {file: {name for name in place if place[name] == file} for file in sorted(set(place.values()))}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{found.name} can't be read ({reason(error)})") from error

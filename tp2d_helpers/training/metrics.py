@@ -194,7 +194,7 @@ def append(path: Path, records: list[dict[str, Any]]) -> None:
     """Add records to a `metrics.jsonl`, numbers that aren't finite as null, and see that they reach the disk."""
     finite = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in records]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in finite)
         file.flush()
         os.fsync(file.fileno())

@@ -10,9 +10,9 @@ import importlib.util
 import itertools
 import os
 import queue
+import shlex
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from tp2d_helpers.checkpoint.run_folder import recorded
@@ -212,7 +212,7 @@ def check_trackers(config: Config) -> list[tuple[str, str, str]]:
     if "wandb" in tracker_names(config):
         _check_wandb_key(config)
     places = {
-        "tensorboard": f"tensorboard --logdir {Path(config.storage_path)}",
+        "tensorboard": f"tensorboard --logdir {shlex.quote(config.storage_path)}",
         "wandb": f"wandb, project {os.environ.get('WANDB_PROJECT', PROJECT)}",
         "mlflow": f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', 'its default place')}",
     }

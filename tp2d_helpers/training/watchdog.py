@@ -172,7 +172,7 @@ def _work() -> tuple[float, int]:
     """(seconds of CPU time, bytes read or written) of this process: by calls, and by page faults in mapped files."""
     used, moved = resource.getrusage(resource.RUSAGE_SELF), 0
     with contextlib.suppress(OSError):  # a system without it
-        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
         moved = int(counts["rchar"]) + int(counts["wchar"])
     return used.ru_utime + used.ru_stime, moved + used.ru_majflt * resource.getpagesize()
 
