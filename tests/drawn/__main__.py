@@ -80,11 +80,10 @@ def _work(arguments: argparse.Namespace) -> None:
     told_to, silence = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    import grid
     from combinations import draw_grid, draw_training
     from outcomes import outcome, simplest
 
-    grid.TIMEOUT, number, told = 120, arguments.worker, set()
+    number, told = arguments.worker, set()
     while time.time() < arguments.until:
         choose = Random(f"{arguments.seed} {number}")
         training = draw_training(choose)
