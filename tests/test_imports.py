@@ -11,7 +11,7 @@ from grid import ROOT
 import tp2d_helpers
 
 HEAVY = ("torch", "ray", "deepspeed", "transformers", "datasets", "numpy", "matplotlib")
-ROOMS = ("data", "speed", "model", "checkpoint", "training", "planning", "preflight")
+ROOMS = ("cache", "data", "speed", "model", "checkpoint", "training", "planning", "preflight")
 
 
 @pytest.mark.parametrize("code", [

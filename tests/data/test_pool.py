@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from grid import IMPORT_PATH
 from transformers import ByT5Tokenizer
 
 from tp2d_helpers import heartbeat
-from tp2d_helpers.cache import DAY, UNFINISHED_DAYS, clear_cache
+from tp2d_helpers.cache import clear_cache
+from tp2d_helpers.cache.clear import DAY, UNFINISHED_DAYS
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data import pool
 from tp2d_helpers.data import tokens as text_to_tokens
@@ -292,3 +294,20 @@ def test_a_row_is_a_view_of_its_file() -> None:
     assert [str(text) for text in texts] == ["abc", "", "é☃", ""] and [str(text) for text in read(rows, 2, 3)] == ["é☃"]
     whole = rows.data.column(0).chunk(0).cast("large_string").buffers()[2].address
     assert np.frombuffer(texts[0].data, np.uint8).ctypes.data == whole
+
+
+def test_a_folder_of_parts_that_goes_while_one_is_written(
+    tmp_path: Path, slow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another node was faster. The tokens are made again where they are needed."""
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    job = pool.Job(text_to_tokens.TextEncoder(load_tokenizer(slow)), rows, tmp_path / "x.parts", 1, SIZE)
+    save = np.savez
+
+    def removing(file: Any, **arrays: Any) -> None:
+        save(file, **arrays)
+        shutil.rmtree(job.folder)
+
+    monkeypatch.setattr(np, "savez", removing)
+    begin, end = next(job.parts())
+    assert job.make(begin, end, lambda size: None) and not job.folder.exists()

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tp2d_helpers.cache import DAY, UNUSED_DAYS, build_once, cache_dir
+from tp2d_helpers.cache import build_once, cache_dir
+from tp2d_helpers.cache import folders as cache_folders
+from tp2d_helpers.cache.clear import DAY, UNUSED_DAYS
+from tp2d_helpers.cache.folders import lock_of
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.data import check_data
@@ -71,7 +74,9 @@ def test_long_documents_lose_their_ends(run: Callable[..., Config], tmp_path: Pa
     assert "lost" not in chosen
 
 
-def test_a_dataset_of_its_own_to_evaluate_on(run: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_dataset_of_its_own_to_evaluate_on(
+    run: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_rows(tmp_path / "data.jsonl", *(f"a line {j} of the data, long enough" for j in range(9)))
     write_rows(tmp_path / "test.jsonl", *(f"another line, number {j}" for j in range(5)))
     config = run(dataset_name=str(tmp_path / "data.jsonl"), eval_samples=3, packing=False)
@@ -81,11 +86,28 @@ def test_a_dataset_of_its_own_to_evaluate_on(run: Callable[..., Config], tmp_pat
     assert chosen == f"9 steps per epoch, 1 samples each; evaluated on 3 of 5 samples of {tmp_path}/test.jsonl"
     with pytest.raises(ConfigError, match=r"eval_samples = 6: eval_dataset_name = '.*' has 5 samples of 16 tokens"):
         checked(config.change(eval_samples=6))
+    monkeypatch.setattr(cache_folders, "damage", lambda folder: "")  # else it would be made anew
     for meta in cache_dir().glob("tokens-*/meta.json"):
         if '"rows": 5,' in meta.read_text():
             meta.write_text(json.dumps(json.loads(meta.read_text()) | {"highest": 9999}))
     with pytest.raises(ConfigError, match="its tokenizer gives id 9999, the model has"):
         checked(config)
+
+
+def test_evaluation_on_what_is_trained_on(run: Callable[..., Config], tmp_path: Path) -> None:
+    """Copies of all of it are refused, copies of some are told."""
+    texts = [f"a line {j} of the data, long enough" for j in range(9)]
+    write_rows(tmp_path / "data.jsonl", *texts)
+    write_rows(tmp_path / "some.jsonl", *texts[:2], *(f"another line, number {j}" for j in range(5)))
+    write_rows(tmp_path / "all.jsonl", *reversed(texts))
+    config = run(dataset_name=str(tmp_path / "data.jsonl"), eval_samples=3, packing=False)
+    _, _, chosen = checked(config.change(eval_dataset_name=str(tmp_path / "some.jsonl")))
+    assert chosen.endswith(f"3 of 7 samples of {tmp_path}/some.jsonl, of whose 3 documents 2 are trained on, too")
+    for name, samples in (("all", 3), ("some", 2)):
+        config = config.change(eval_dataset_name=str(tmp_path / f"{name}.jsonl"), eval_samples=samples)
+        words = rf"^eval_dataset_name = .*: the text of all {samples} documents that it would be evaluated on is in "
+        with pytest.raises(ConfigError, match=words + rf"dataset_name = '{tmp_path}/data.jsonl', too; take a dataset"):
+            checked(config)
 
 
 def test_the_tokens_are_not_read_again(run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +121,7 @@ def test_the_tokens_are_not_read_again(run: Callable[..., Config], monkeypatch: 
 
     monkeypatch.setattr(np, "memmap", unread)
     assert checked(run(dataset_name="demo")) == before
+    monkeypatch.setattr(cache_folders, "damage", lambda folder: "")  # else it would be made anew
     meta = next(cache_dir().glob("tokens-*/meta.json"))
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "highest": 2048}))
     with pytest.raises(ConfigError, match="its tokenizer gives id 2048, the model has 2048 ids"):
@@ -108,7 +131,8 @@ def test_the_tokens_are_not_read_again(run: Callable[..., Config], monkeypatch: 
 def test_what_was_removed_is_said(run: Callable[..., Config]) -> None:
     old = build_once(cache_dir() / "tokens-old", lambda folder: None)
     then = time.time() - (UNUSED_DAYS + 1) * DAY
-    os.utime(old, (then, then))
+    for path in (old, *old.iterdir(), lock_of(old)):
+        os.utime(path, (then, then))
     _, _, chosen = checked(run(dataset_name="demo"))
     assert "removed from the cache, unused for 30 days or abandoned: 1 folders" in chosen
     assert not old.exists()

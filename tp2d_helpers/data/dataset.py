@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.files import config_of
 from tp2d_helpers.data.packing import best_fit, positions_of
 from tp2d_helpers.data.tokens import prepare_tokens
 
@@ -40,7 +41,7 @@ class TokenDataset(Dataset):
     other: TokenDataset | None = None  # that the held-out samples are of, if they are of another one
 
     def __init__(self, folder: Path, seq_length: int, packing: Packing = True, eval_samples: int = 0) -> None:
-        self.seq_length, self.eval_samples = seq_length, eval_samples
+        self.folder, self.seq_length, self.eval_samples = folder, seq_length, eval_samples
         self.tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
         self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.pad = self.meta["pad"]
@@ -220,9 +221,9 @@ def load_samples(
     folder = prepare_tokens(model_name, dataset_name, dataset_config, dataset_percentage=dataset_percentage, **source)
     data = TokenDataset(folder, seq_length, packing, 0 if eval_dataset_name else eval_samples)
     if eval_dataset_name:
-        same = eval_dataset_name.split(":")[0] == dataset_name.split(":")[0]
+        config = config_of(eval_dataset_name, dataset_name, dataset_config)
         try:
-            folder = prepare_tokens(model_name, eval_dataset_name, dataset_config if same else "", **source)
+            folder = prepare_tokens(model_name, eval_dataset_name, config, **source)
         except ConfigError as error:
             found = str(error).removeprefix(f"dataset_name = {eval_dataset_name!r}: ").removeprefix("dataset_name: ")
             raise ConfigError(f"eval_dataset_name = {eval_dataset_name!r}: {found}") from error

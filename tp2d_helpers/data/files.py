@@ -60,6 +60,11 @@ def local_files(dataset_name: str, dataset_config: str = "") -> Files | None:
     return Files(used, [path for files in found for path in files.left_out])
 
 
+def config_of(evaluated: str, dataset_name: str, dataset_config: str) -> str:
+    """The config of a dataset to evaluate on: that of the training's, if it is of the same hub dataset."""
+    return dataset_config if evaluated.split(":")[0] == dataset_name.split(":")[0] else ""
+
+
 def _parts(dataset_name: str) -> list[str]:
     """The paths and globs in the name of a local dataset; none in that of any other."""
     if dataset_name in ("", "demo"):

@@ -4,6 +4,7 @@
 - `mask.bin`: uint8, of chats alone: for each token, whether it has loss.
 - `offsets.npy`: int64 [documents + 1], where each begins.
 - `first.npy`: int64 [documents], the first document with the same text: its own number, if it repeats none.
+- `digests.npy`: uint64 [documents], by which copies are told, in this folder or in another one.
 - `meta.json`: the numbers of rows, documents and tokens, the pad token, the highest token, a hash of all of them.
 """
 
@@ -53,7 +54,7 @@ class Part:
         try:
             with np.load(path) as arrays:
                 return cls(**{entry.name: arrays[entry.name] for entry in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
             return None
 
 
@@ -136,8 +137,10 @@ class TokenWriter:
         if self.mask:
             self.whole.update(self.whole_mask.digest())
             more = {**more, "turns": self.turns, "with_loss": self.with_loss}
-        _, firsts, which = np.unique(np.asarray(self.digests), return_index=True, return_inverse=True)
+        digests = np.asarray(self.digests)
+        _, firsts, which = np.unique(digests, return_index=True, return_inverse=True)
         np.save(self.folder / "first.npy", firsts[which])
+        np.save(self.folder / "digests.npy", digests)
         meta = {"rows": rows, "documents": len(self.digests), "tokens": self.size, "pad": pad,
                 "highest": self.highest, "sha256": self.whole.hexdigest(), **more}  # fmt: skip
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -72,10 +72,15 @@ class Job:
         return self.folder / f"{begin.row}.{begin.byte}-{end.row}.{end.byte}.npz"
 
     def make(self, begin: Place, end: Place, tick: Callable[[int], None]) -> bool:
-        """Tokenise a part into its file. Returns False if it was there."""
+        """Tokenise a part into its file. Returns False if it was there.
+
+        The file may be gone again: another node that was faster removes the folder, and this may be in the midst of it.
+        """
         if Part.load(self.file(begin, end)):
             return False
-        self.encoder.encode(self.rows, begin, end, tick).save(self.file(begin, end))
+        part = self.encoder.encode(self.rows, begin, end, tick)
+        with contextlib.suppress(FileNotFoundError):
+            part.save(self.file(begin, end))
         return True
 
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow
 import pyarrow.parquet
 
+from tp2d_helpers.cache import is_full
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chats import to_json
 from tp2d_helpers.data.files import format_of, is_lfs_pointer
@@ -103,6 +104,11 @@ def _read(path: Path, columns: Columns, how: str) -> Iterator[Row]:
     except ConfigError:
         raise
     except Exception as error:  # of half a dozen libraries
+        if is_full(error):  # nothing else is written while a file is read
+            folder = tempfile.gettempdir()
+            raise ConfigError(
+                f"TMPDIR ({folder}): no room to unpack {path} ({reason(error)}); make room, or set it to another folder"
+            ) from error
         raise ConfigError(f"dataset_name: {path} can't be loaded, after {number} rows ({reason(error)})") from error
 
 

@@ -14,25 +14,29 @@ import pyarrow
 from tqdm import tqdm
 
 from tp2d_helpers import heartbeat
-from tp2d_helpers.cache import build_once, cache_dir
+from tp2d_helpers.cache import build_once, cache_dir, check_space
 from tp2d_helpers.config import ConfigError
 
 SIZE, ROWS = 1_000_000, 1000  # characters and rows that are held in memory, or one row
 
 
 def map_rows(
-    read: Callable[..., Iterator[dict[str, Any]]], names: list[str], files: list[str], **options: Any
+    read: Callable[..., Iterator[dict[str, Any]]], names: list[str], files: list[str], needed: float, **options: Any
 ) -> datasets.Dataset:
     """The rows that `read(files, **options)` gives, as a dataset of columns of text. Read once for the same arguments.
 
+    Args:
+        needed: an estimate of the bytes that they take.
+
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if there are none, or no room for them.
     """
     key = json.dumps([read.__name__, names, files, options], default=str)
     folder = cache_dir() / f"rows-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def build(scratch: Path) -> None:
         """Read and write the rows; called if the cache hasn't got the folder."""
+        check_space(folder, needed, f"the rows of {', '.join(files[:4])}")
         if not _write(read(files, **options), names, scratch / "rows.arrow"):
             raise ConfigError(f"dataset_name: no rows in {', '.join(files[:4])}")
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from tp2d_helpers.cache import is_full
+from tp2d_helpers.cache.space import free_bytes, size
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chats import FORMATS, chat_format, to_json
 from tp2d_helpers.data.files import local_files, stamp
@@ -40,15 +45,18 @@ def load_text(
         if dataset_name == "demo":
             text = datasets.Dataset.from_dict({"text": demo_documents()})
         elif files := local_files(dataset_name, dataset_config):
-            text = _load_files(files.used, text_column, text_files, chat_format(peek(files.used[0]), text_column))
+            text = _load_files(files.used, text_column, text_files)
         else:
             text = _chats(_load_from_hub(dataset_name, dataset_config, text_files), text_column)
     except Exception as error:  # the libraries below raise a dozen types for the one thing a user can act on
         known = next((e for e in (error, error.__cause__) if isinstance(e, ConfigError)), None)
-        raise known or ConfigError(
-            f"dataset_name = {dataset_name!r}: can't be loaded ({reason(error)}). "
+        if known:
+            raise known from None
+        why = _no_room(error) if is_full(error) else (
+            f"can't be loaded ({reason(error)}). "
             'Without a way to the hub, take "demo" or the path of a local file or folder.'
-        ) from error
+        )  # fmt: skip
+        raise ConfigError(f"dataset_name = {dataset_name!r}: {why}") from error
     if is_chats(text):
         return _share(text, dataset_percentage)
     if text_column not in text.column_names:
@@ -57,6 +65,13 @@ def load_text(
     if "string" not in kind and kind != "null":
         raise ConfigError(f"text_column = {text_column!r}: it must hold text, and in {dataset_name!r} it is {kind}")
     return _share(text, dataset_percentage)
+
+
+def _no_room(error: Exception) -> str:
+    """What to do about a disk that the cache of `datasets`, or that of the hub, is on."""
+    folders = Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)
+    free = ", ".join(f"{folder} ({size(free_bytes(folder))} free)" for folder in folders)
+    return f"no room for it in {free}: {reason(error)}; make room, or set HF_HOME to a folder on a larger disk"
 
 
 def is_chats(rows: datasets.Dataset) -> bool:
@@ -80,17 +95,37 @@ def _chats(rows: datasets.Dataset, text_column: str) -> datasets.Dataset:
     )  # fmt: skip
 
 
+def hub_dataset(dataset_name: str, dataset_config: str = "") -> tuple[str, str | None, str]:
+    """(id, config, split) of a hub dataset; what is not said as it is by default."""
+    hub_id, _, split = dataset_name.partition(":")
+    return hub_id, dataset_config or DEFAULT_CONFIGS.get(hub_id), split or "train"
+
+
 def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> datasets.Dataset:
-    dataset_name, _, split = dataset_name.partition(":")
-    name = dataset_config or DEFAULT_CONFIGS.get(dataset_name)
-    builder = datasets.load_dataset_builder(dataset_name, name)
+    hub_id, name, split = hub_dataset(dataset_name, dataset_config)
+    builder = datasets.load_dataset_builder(hub_id, name)
     by_row = {"sample_by": text_files} if hasattr(builder.config, "sample_by") else {}  # a dataset of .txt files
-    return datasets.load_dataset(dataset_name, name, split=split or "train", **by_row)
+    return datasets.load_dataset(hub_id, name, split=split, **by_row)
 
 
-def _load_files(files: list[Path], text_column: str, text_files: str, form: str | None) -> datasets.Dataset:
+def _load_files(files: list[Path], text_column: str, text_files: str) -> datasets.Dataset:
     """The rows of local files. Their stamps tell files that changed from those that were read before."""
-    shared = dict(files=[str(file) for file in files], stamps=stamp(*files))
+    first = peek(files[0])
+    form = chat_format(first, text_column)
+    columns = FORMATS[form] if form else (text_column,)
+    shared = dict(files=[str(file) for file in files], needed=_bytes_of(files, columns, first), stamps=stamp(*files))
     if form:
-        return map_rows(read_chats, [form, "where"], columns=FORMATS[form], form=form, **shared)
+        return map_rows(read_chats, [form, "where"], columns=columns, form=form, **shared)
     return map_rows(read_rows, [text_column], text_column=text_column, how=text_files, **shared)
+
+
+def _bytes_of(files: list[Path], columns: tuple[str, ...], rows: list[dict[str, Any]]) -> float:
+    """About how many bytes these columns of the files have, by some of their rows; at least, if they are compressed."""
+
+    def length(row: dict[str, Any]) -> int:
+        """Bytes of it as JSON."""
+        return len(json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace"))
+
+    chosen = ({name: row[name] for name in columns if name in row} for row in rows)
+    share = sum(map(length, chosen)) / sum(map(length, rows)) if rows else 1.0
+    return share * sum(file.stat().st_size for file in files)

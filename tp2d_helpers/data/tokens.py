@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from tp2d_helpers import heartbeat
-from tp2d_helpers.cache import build_once, cache_dir, clear_cache, parts_of
+from tp2d_helpers.cache import build_once, cache_dir, check_space, clear_cache, parts_of
+from tp2d_helpers.cache.space import size_of
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
 from tp2d_helpers.data.files import paths_of, stamp
@@ -26,7 +27,7 @@ from tp2d_helpers.data.rows import lengths
 from tp2d_helpers.data.text import is_chats, load_text
 from tp2d_helpers.data.text_tokens import TextEncoder
 
-LAYOUT = 3  # of the folder that `prepare_tokens` makes; another one is not taken for it
+LAYOUT = 4  # of the folder that `prepare_tokens` makes; another one is not taken for it
 SMALL = 4_000_000  # bytes of text; starting other processes takes as long as tokenising these
 LONG = 5  # seconds of tokenising, after which a line says how fast it was
 
@@ -143,7 +144,11 @@ def tokenize(
 
         job = Job(encoder, text, parts or folder, cores())
         found = [0, 0]  # parts that were there, parts that are made
-        for part, made in run(job, tick) if parts and size > SMALL else _here(job, tick):
+        by_parts = bool(parts) and size > SMALL
+        # A token is four bytes, of text and in the file; with its parts, there are two of them for a while.
+        there = size_of(parts) if by_parts else 0
+        check_space(folder, size * (1 + by_parts) - there, f"the tokens of {size / 1e6:,.1f} MB of text")
+        for part, made in run(job, tick) if by_parts else _here(job, tick):
             writer.add(part)
             found[made] += 1
         if not writer.digests:

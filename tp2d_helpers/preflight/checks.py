@@ -13,6 +13,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
 
 from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.data.overlap import same_source
 from tp2d_helpers.data.tokens import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
@@ -44,10 +45,15 @@ def check_resilience(config: Config) -> None:
     """
     if config.keep_checkpoints_by == "eval_loss" and not config.eval_samples:
         raise ConfigError("keep_checkpoints_by = 'eval_loss': nothing is evaluated; set eval_samples, say to 16")
-    if config.eval_dataset_name in (config.dataset_name, "auto"):
+    evaluated = config.eval_dataset_name
+    if evaluated == "auto":
         raise ConfigError(
-            f"eval_dataset_name = {config.eval_dataset_name!r}: must be another dataset than the training's; "
-            "with '', whole documents of that one are held out"
+            "eval_dataset_name = 'auto': must be a dataset's name; '' holds out documents of dataset_name"
+        )
+    if evaluated and (both := same_source(config.dataset_name, evaluated, config.dataset_config)):
+        raise ConfigError(
+            f"eval_dataset_name = {evaluated!r}: must be another dataset than the training's, and dataset_name = "
+            f"{config.dataset_name!r} has {both}, too; with '', whole documents of that one are held out"
         )
     if config.eval_dataset_name and not config.eval_samples:
         raise ConfigError(f"eval_dataset_name = {config.eval_dataset_name!r}: eval_samples is 0; set it, say to 16")

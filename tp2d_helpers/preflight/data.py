@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
-from tp2d_helpers.cache import UNUSED_DAYS, clear_cache
+from tp2d_helpers.cache.clear import UNUSED_DAYS, clear_cache
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler
 from tp2d_helpers.data.dataset import TokenDataset, load_samples
 from tp2d_helpers.data.files import local_files
+from tp2d_helpers.data.overlap import repeated_documents
 from tp2d_helpers.data.tokens import SOURCE
 from tp2d_helpers.model.apart import check_apart
 from tp2d_helpers.model.facts import ModelFacts
@@ -87,9 +88,22 @@ def _samples(config: Config, model: ModelFacts) -> tuple[TokenDataset, list[str]
 
 
 def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
-    """What a run is evaluated on, for preflight's table; nothing if it isn't."""
+    """What a run is evaluated on, for preflight's table; nothing if it isn't.
+
+    Raises:
+        ConfigError: if the training has all documents that it is evaluated on.
+    """
     if data.other:
-        return [f"evaluated on {config.eval_samples} of {data.other.samples:,} samples of {config.eval_dataset_name}"]
+        repeated, documents = repeated_documents(data)
+        if repeated == documents:
+            raise ConfigError(
+                f"eval_dataset_name = {config.eval_dataset_name!r}: the text of all {documents:,} documents that it "
+                f"would be evaluated on is in dataset_name = {config.dataset_name!r}, too; take a dataset that "
+                "training does not see, or '', which holds out whole documents of that one"
+            )
+        also = f", of whose {documents:,} documents {repeated:,} are trained on, too" if repeated else ""
+        samples = f"{config.eval_samples} of {data.other.samples:,} samples"
+        return [f"evaluated on {samples} of {config.eval_dataset_name}{also}"]
     return [f"{config.eval_samples} samples held out, of {data.held_out} documents"] if config.eval_samples else []
 
 

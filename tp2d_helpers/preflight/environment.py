@@ -92,7 +92,8 @@ def _cannot_write(folder: Path) -> str:
     """Why not; "" if it can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**16))  # a full disk still has room for names
     except OSError as error:
         return error.strerror or reason(error)
     return ""

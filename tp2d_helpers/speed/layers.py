@@ -180,7 +180,7 @@ def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
     Every rank gets the same kernels. Left to itself, the compiler times several and keeps the fastest, not the same one
     on each rank; they add in different orders, and the replicated weights of a TP group drift apart.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # for the next run to find
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / f"compiled-{os.getuid()}"))  # kept for later
     # Norms' outputs and the MLP's product are made again from what is kept anyway, even where a matmul reads them: a
     # seventh of a 7B model's memory, for 1 % of its time at the same micro-batch (ci/benchmark/README.md).
     functorch_config.ban_recompute_materialized_backward = False

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from grid import IMPORT_PATH
 
-from tp2d_helpers import cache
-from tp2d_helpers.cache import DAY, UNUSED_DAYS, build_once, clear_cache
+from tp2d_helpers.cache import build_once, clear_cache, locks
+from tp2d_helpers.cache.clear import DAY, UNUSED_DAYS
+from tp2d_helpers.cache.seal import seal
 
 # A builder that says where it builds and stays there until it is killed.
 BUILDER = """
@@ -81,6 +82,7 @@ def test_tokens_go_when_unused_and_each_use_counts(folder: Path) -> None:
         make(folder, name)
     for name in ("tokens-old", "rows-old", "tokens-used", "demo-model"):
         last_changed(folder / name, UNUSED_DAYS + 1)
+        last_changed(folder / f"{name}.lock", UNUSED_DAYS + 1)
     make(folder, "tokens-used")  # it is there: it is used
     last_changed(folder / "tokens-new", UNUSED_DAYS - 1)
     assert clear_cache() == ["rows-old", "tokens-old"]
@@ -94,6 +96,7 @@ def test_a_folder_that_another_builder_finished_first_is_taken(folder: Path, mon
         (scratch / "file").write_text("second")
         (folder / "tokens-a").mkdir()
         (folder / "tokens-a" / "file").write_text("first")
+        seal(folder / "tokens-a")
 
     assert (build_once(folder / "tokens-a", build) / "file").read_text() == "first"
     assert folders(folder) == ["tokens-a"]
@@ -105,7 +108,7 @@ def test_a_cache_that_can_only_be_read(folder: Path, monkeypatch: pytest.MonkeyP
     def refuse(path: Path) -> None:
         raise PermissionError(path)
 
-    monkeypatch.setattr(cache.os, "utime", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
     assert make(folder, "tokens-a").exists()
 
 
@@ -113,7 +116,7 @@ def test_a_builder_is_waited_for_as_long_as_it_takes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a word, after a while; once it was an error after an hour."""
-    monkeypatch.setattr(cache, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(locks, "SILENT_SECONDS", 0.2)
     begun = threading.Event()
 
     def build(scratch: Path) -> None:
