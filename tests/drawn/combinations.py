@@ -34,7 +34,7 @@ EPSILON = (
 FIELDS: dict[str, list[Any]] = {
     "hidden_size": [48, 96], "num_hidden_layers": [1, 3], "vocab_size": [2049, 2051, 2056],
     "intermediate_size": [96, 130, 177], "ffn_dim": [130, 177], "n_inner": [96, 177], "ffn_hidden_size": [130, 177],
-    "moe_intermediate_size": [33, 48, 96], "shared_expert_intermediate_size": [33, 64], "word_embed_proj_dim": [32],
+    "moe_intermediate_size": [40, 48, 96], "shared_expert_intermediate_size": [33, 64], "word_embed_proj_dim": [32],
     "num_attention_heads": [4, 12, 16], "num_key_value_heads": [1, 2, 8], "num_kv_heads": [1, 2, 8],
     "head_dim": [4, 12],
     "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2], "sliding_window": [None, 5, 16],
