@@ -34,7 +34,7 @@ EPSILON = (
 FIELDS: dict[str, list[Any]] = {
     "hidden_size": [48, 96], "num_hidden_layers": [1, 3], "vocab_size": [2049, 2051, 2056],
     "intermediate_size": [96, 130, 177], "ffn_dim": [130, 177], "n_inner": [96, 177], "ffn_hidden_size": [130, 177],
-    "moe_intermediate_size": [33, 48, 96], "shared_expert_intermediate_size": [33, 64], "word_embed_proj_dim": [32],
+    "moe_intermediate_size": [40, 48, 96], "shared_expert_intermediate_size": [33, 64], "word_embed_proj_dim": [32],
     "num_attention_heads": [4, 12, 16], "num_key_value_heads": [1, 2, 8], "num_kv_heads": [1, 2, 8],
     "head_dim": [4, 12],
     "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2], "sliding_window": [None, 5, 16],
@@ -98,6 +98,8 @@ def draw_model(choose: Random) -> dict[str, Any]:
     values |= {name: [not known[name]] for name in own if isinstance(known[name], bool)}
     for name in choose.sample(sorted(values), choose.randint(1, 3)):
         shape[name] = choose.choice(values[name])
+    if choose.random() < 0.1:  # for three ranks
+        shape |= dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
     if "layer_types" in shape and len(shape["layer_types"]) != shape.get("num_hidden_layers", 2):
         shape["layer_types"] = (shape["layer_types"] * 3)[: shape["num_hidden_layers"]]
     return dict(model_type=kind, **shape)
@@ -120,7 +122,7 @@ def _lora(choose: Random, model: dict[str, Any]) -> dict[str, Any]:
 
 def draw_grid(choose: Random, training: Case, ranks: int, compiles: float = 0.0, resumes: float = 0.0) -> Case:
     """A combination of `draw_training`'s, with a grid for it."""
-    found = _grid(choose, training["training"], ranks)
+    found = _grid(choose, training, ranks)
     optimizations = _optimizations(choose)
     stand_ins: dict[str, Any] = {}
     if choose.random() < 0.4:
@@ -135,13 +137,15 @@ def draw_grid(choose: Random, training: Case, ranks: int, compiles: float = 0.0,
         stand_ins["backend"] = choose.choice(["aot_eager", "aot_eager", "inductor"])
     case = dict(training, grid=found | dict(optimizations=optimizations), stand_ins=stand_ins)
     if choose.random() < resumes:
-        case["resume"] = _grid(choose, training["training"], ranks) | dict(optimizations=_optimizations(choose))
+        case["resume"] = _grid(choose, training, ranks) | dict(optimizations=_optimizations(choose))
     return case
 
 
-def _grid(choose: Random, training: dict[str, Any], ranks: int) -> dict[str, Any]:
+def _grid(choose: Random, case: Case, ranks: int) -> dict[str, Any]:
+    training, heads = case["training"], case["model"].get("num_attention_heads", 8)
     samples = training["global_batch_size"]
-    sizes = [(tp, dp) for tp in (1, 2, 2, 3, 4, 8) for dp in (1, 2, 4) if tp * dp <= ranks and samples % dp == 0]
+    tp_sizes = [size for size in (1, 2, 2, 3, 3, 4, 8) if heads % size == 0]
+    sizes = [(tp, dp) for tp in tp_sizes for dp in (1, 2, 2, 4) if tp * dp <= ranks and samples % dp == 0]
     tp_size, dp_size = choose.choice(sizes)
     share = samples // dp_size
     steps = choose.choice([n for n in (1, 1, 2, 3, 4) if share % n == 0])
