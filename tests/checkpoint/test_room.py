@@ -34,10 +34,16 @@ def taken(folder: Path) -> int:
     return total
 
 
+def test_a_file_system_that_does_not_say_what_is_free() -> None:
+    disk.check_space(Path("/proc/nowhere"), 10**30, "anything")
+
+
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """free(n): n bytes are free on every disk."""
-    return lambda count: monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(count)))
+    found = SimpleNamespace(total=10**15, free=10**15)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: found)
+    return lambda count: setattr(found, "free", int(count))
 
 
 @pytest.mark.parametrize("settings", [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import threading
@@ -16,9 +17,10 @@ from tp2d_helpers.config import ConfigError
 CHUNK = 64 * 2**20  # bytes that reach the disk before the next ones are written
 
 
-def free_bytes(folder: Path) -> int:
-    """What the file system of a folder, or of the first one above it that exists, has room for."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+def free_bytes(folder: Path) -> float:
+    """What the file system of a folder, or of the first one above it that exists, has room for; inf if it won't say."""
+    found = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+    return found.free if found.total else math.inf
 
 
 def check_space(folder: Path, needed: float, what: str, setting: str = "") -> None:
@@ -40,6 +42,8 @@ def check_space(folder: Path, needed: float, what: str, setting: str = "") -> No
 
 def size(count: float) -> str:
     """Bytes in words."""
+    if math.isinf(count):
+        return "an unknown number of bytes"
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
