@@ -128,8 +128,8 @@ def accept(settings: dict[str, Any]) -> Config:
         checks.check_precision(given, RESOURCES)
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     with mock.patch.multiple(checks, rehearse=REHEARSE, prove=PROVE):
-        checks.check_model(config, model)
         checks.check_lora(config, model)
+        checks.check_model(config, model)
     config, _ = choose_batch(config, model, RESOURCES)
     steps, data, *_ = check_data(config, model)
     config = config.change(packing=data.packing)

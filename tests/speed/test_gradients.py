@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from grid import run_grid
+from grid import Run, assert_equal_runs, run_grid
 
 from tp2d_helpers.config import make_config
 from tp2d_helpers.model.engine import gradient_dtype
@@ -77,6 +77,14 @@ def test_sums_in_fp32(stage: int, grid: dict[str, int], error: Callable[..., flo
 def test_sums_in_bf16_lose_the_last_micro_batches(error: Callable[..., float]) -> None:
     """What `gradient_dtype = "bf16"` costs, and what the test above would see."""
     assert 2e-3 < error(gradient_dtype="bf16") < 0.1
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_uneven_shards_over_four_replicas(train: Callable[..., Run], family: Callable[..., Path], stage: int) -> None:
+    """What both ranks of a TP group hold lies at another place on each, and reductions add in another order there."""
+    model, short = family("starcoder2", intermediate_size=177), dict(debug_steps=6, warmup_steps=0)
+    run = train(model, tp_size=2, dp_size=4, zero_stage=stage, **short)
+    assert_equal_runs(run, train(model, **short))
 
 
 @pytest.mark.parametrize("settings, expected", [

@@ -156,7 +156,7 @@ def setup_model_with_autotp(
     if adapters:
         join(engine.module, adapters)
     convert_what_is_trained(engine.module)
-    sum_gradients(engine, gradient_dtype(config, dtype))
+    sum_gradients(engine, gradient_dtype(config, dtype), plan.uneven)
     optimize(engine, config, mpu.tp_group, needs.blocks)
     engine.whole_weights = WholeWeights(engine, mpu)
     # Dropout: alike within a TP group, whose ranks work on one batch, but on activations of which each has a part.

@@ -55,6 +55,11 @@ class Plan:
         """
         return _Planner(model, tp_size).plan if tp_size > 1 else cls(1)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether the ranks have shards of different sizes."""
+        return any(len(set(map(cut.width, range(self.tp_size)))) > 1 for cut in self.cuts.values())
+
     def shape(self, name: str, whole: torch.Size, rank: int = 0) -> torch.Size:
         """The shape of a rank's shard. Rank 0 has the largest, where they differ."""
         return self.cuts[name].shape(whole, rank) if name in self.cuts else whole

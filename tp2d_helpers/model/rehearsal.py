@@ -94,6 +94,8 @@ def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsa
     except ConfigError:
         raise
     except Exception as error:
+        if _whole(hf_config).own_loss:  # what ails it at any tp_size is the better word
+            compare_losses(hf_config)
         raise ConfigError(f"{kind}{reason(error).rstrip('.')}. Take tp_size 1") from error
     if len(watch.random) > 1:
         raise ConfigError(

@@ -101,9 +101,9 @@ def preflight(config: Config) -> Plan:
     check_replicas(config, resources_per_worker)
     rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
-    rows.append(("model", *check_model(config, model)))
+    lora = check_lora(config, model)  # what can't have an adapter is refused before the model is tried with them
+    rows += [("model", *check_model(config, model)), *lora]
     identity = same_model(config)
-    rows += check_lora(config, model)
     config, chosen = choose_batch(config, model, resources)
     rows += [*check_memory(config, model, resources), *chosen]
     placement = describe_placement(config, model, counts)

@@ -8,6 +8,7 @@ and the sums of a bucket travel to the replica that steps these weights as soon 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import deepspeed
@@ -55,7 +56,8 @@ class Sums:
     travel with each micro-batch.
     """
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer, i: int, dtype: torch.dtype) -> None:
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, i: int, dtype: torch.dtype, in_order: bool) -> None:
+        self.in_order = in_order
         flat, self.group = optimizer.bit16_groups_flat[i], optimizer.real_dp_process_group[i]
         self.rank, self.replicas = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.partition = len(flat) // self.replicas
@@ -69,11 +71,11 @@ class Sums:
 
     def _cut(self) -> tuple[list[Bucket], dict[int, list[tuple[Bucket, range]]]]:
         """The buckets, in the order in which a backward pass completes them, and the parts of each parameter."""
-        buckets = []
+        buckets, size = [], BUCKET // self.replicas if self.in_order else BUCKET  # of which the owner has all at once
         for owner in reversed(range(self.replicas)):
             last = (owner + 1) * self.partition
-            for begin in reversed(range(owner * self.partition, last, BUCKET)):
-                buckets.append(Bucket(begin, min(begin + BUCKET, last), owner))
+            for begin in reversed(range(owner * self.partition, last, size)):
+                buckets.append(Bucket(begin, min(begin + size, last), owner))
         parts = {}
         for parameter in self.parameters:
             place = self.places[id(parameter)]
@@ -125,17 +127,29 @@ class Sums:
         """Begin to reduce the next bucket."""
         bucket = self.buckets[self.sent]
         owner = dist.get_global_rank(self.group, bucket.owner)
-        self.works.append((bucket, dist.reduce(self._sums(bucket), owner, group=self.group, async_op=True)))
+        sums, parts = self._sums(bucket), None
+        if self.in_order:
+            parts = [torch.empty_like(sums) for _ in range(self.replicas)] if bucket.owner == self.rank else []
+            work = dist.gather(sums, parts or None, owner, group=self.group, async_op=True)
+        else:
+            work = dist.reduce(sums, owner, group=self.group, async_op=True)
+        self.works.append((bucket, parts, work))
         self.sent += 1
-        if not self.keeps_all and len(self.works) > 2:
+        if len(self.works) > 2 and (self.in_order or not self.keeps_all):
             self._receive(*self.works.pop(0))
 
-    def _receive(self, bucket: Bucket, work: dist.Work) -> None:
-        """Let the device wait for a bucket's sums, and its owner have their mean."""
+    def _receive(self, bucket: Bucket, parts: list[torch.Tensor] | None, work: dist.Work) -> None:
+        """Let the device wait for a bucket's sums, and its owner have their mean.
+
+        Args:
+            parts: of all replicas, where they are added up here, in the order of their ranks.
+        """
         work.wait()
         sums, bucket.sums = self._sums(bucket), None
         if bucket.owner != self.rank:
             return
+        if parts:
+            sums.copy_(functools.reduce(torch.Tensor.add_, parts))
         if self.keeps_all:
             sums.div_(self.replicas)
             return
@@ -181,15 +195,15 @@ def _common(one: range, other: range) -> range:
 class SummingZeroOptimizer(DeepSpeedZeroOptimizer):
     """ZeRO 1 or 2 whose gradients are summed by `Sums`. See `sum_gradients`."""
 
-    def begin_sums(self, dtype: torch.dtype, passes: int) -> None:
+    def begin_sums(self, dtype: torch.dtype, passes: int, in_order: bool) -> None:
         """Sum in this dtype from now on; `passes` is how many micro-batches a step has."""
-        self.sum_dtype, self.summed = dtype, None
+        self.sum_dtype, self.in_order, self.summed = dtype, in_order, None
         # One gradient of one replica is its own sum, and stays where it is.
         self.sums_nothing = passes == 1 and dist.get_world_size(self.dp_process_group) == 1
 
     def _sums(self) -> list[Sums]:
         if self.summed is None:  # allocated with the first gradient, when loading is over
-            self.summed = [Sums(self, i, self.sum_dtype) for i in range(len(self.bit16_groups))]
+            self.summed = [Sums(self, i, self.sum_dtype, self.in_order) for i in range(len(self.bit16_groups))]
         return self.summed
 
     def _travel(self) -> bool:
@@ -242,9 +256,16 @@ class SummingZeroOptimizer(DeepSpeedZeroOptimizer):
         return result
 
 
-def sum_gradients(engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype) -> None:
-    """Let the gradients of ZeRO 1 or 2 be summed, and travel, in `dtype`."""
+def sum_gradients(engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype, uneven: bool) -> None:
+    """Let the gradients of ZeRO 1 or 2 be summed, and travel, in `dtype`.
+
+    Args:
+        uneven: whether the ranks of a TP group have shards of different sizes. A weight that all of them hold lies at
+            another place among the flat weights of each then, and a reduction adds up more than two numbers in an
+            order that depends on the place: the ranks' copies would drift apart. So they are added by their ranks.
+    """
     optimizer = engine.optimizer
     if type(optimizer) is DeepSpeedZeroOptimizer:
         optimizer.__class__ = SummingZeroOptimizer
-        optimizer.begin_sums(dtype, engine.gradient_accumulation_steps())
+        in_order = uneven and dist.get_world_size(optimizer.dp_process_group) > 2
+        optimizer.begin_sums(dtype, engine.gradient_accumulation_steps(), in_order)
