@@ -71,7 +71,7 @@ def assert_continues(config: Config, whole: Run, weights: dict[str, torch.Tensor
         ("qwen2-untied", 1, 2, 2, {}),
         ("llama", 2, 2, 2, dict(async_checkpoint=False)),
         ("qwen3", 3, 2, 2, {}),
-        ("mistral", 0, 2, 1, {}),
+        ("mistral", 2, 2, 1, {}),
         ("qwen2-dropout", 1, 2, 2, {}),
         ("qwen2-tied", 1, 1, 2, dict(precision="fp16")),
     ],

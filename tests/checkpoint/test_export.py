@@ -33,7 +33,7 @@ from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.sharding import meta_model
 
 Train = Callable[..., Run]
-RUNS = [("qwen2-tied", 0, 2, 2), ("qwen2-untied", 1, 2, 2), ("qwen3", 1, 4, 1), ("mistral", 1, 2, 1),
+RUNS = [("qwen2-tied", 2, 2, 2), ("qwen2-untied", 1, 2, 2), ("qwen3", 1, 4, 1), ("mistral", 1, 2, 1),
         ("llama", 2, 2, 2), ("llama", 3, 2, 2)]  # fmt: skip
 TOKENS = torch.arange(96).reshape(2, 48) * 37 % 2048  # longer than Mistral's window
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from grid import Run
 
 from tp2d_helpers.checkpoint import disk, resize
@@ -24,14 +24,8 @@ LIFE = dict(num_epochs=2, debug_steps=6, checkpoint_interval=4, eval_samples=5, 
 
 
 def taken(folder: Path) -> int:
-    """Bytes of all files in a folder; some may vanish meanwhile."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def test_a_file_system_that_does_not_say_what_is_free() -> None:
@@ -52,7 +46,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     dict(zero_stage=1, precision="bf16", master_weights="bf16"), dict(zero_stage=1, precision="fp32", lora_rank=64),
 ], ids=str)  # fmt: skip
 def test_the_bytes_that_a_checkpoint_and_its_conversion_take(
-    train: Train, tmp_path: Path, settings: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, train: Train, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """Predicted within a few percent, but for what a small file has besides its tensors."""
     config = Config(**train("llama", debug_steps=1, **settings).config)
@@ -60,19 +54,15 @@ def test_the_bytes_that_a_checkpoint_and_its_conversion_take(
     predicted, extra = checkpoint_bytes(config, ModelFacts.read(config.model_name)), 150_000
     assert predicted <= taken(checkpoint) <= 1.02 * predicted + extra
     copy = Path(shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name))
-    done, peak, before = threading.Event(), 0, taken(copy)
+    save, peaks, before = torch.save, [], taken(copy)
 
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, taken(copy) - before)
+    def saving(*arguments: Any, **more: Any) -> None:
+        save(*arguments, **more)
+        peaks.append(taken(copy) - before)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    monkeypatch.setattr(torch, "save", saving)
     convert(copy)
-    done.set()
-    watcher.join()
-    most, left = universal_bytes(copy)
+    peak, (most, left) = max(peaks), universal_bytes(copy)
     few = 400_000  # of each weight, several small files
     assert 0.9 * most < peak < 1.35 * most + few and left < taken(copy) - before < left + few
 
