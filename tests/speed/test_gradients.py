@@ -87,6 +87,17 @@ def test_uneven_shards_over_four_replicas(train: Callable[..., Run], family: Cal
     assert_equal_runs(run, train(model, **short))
 
 
+@pytest.mark.parametrize("settings", [
+    dict(lora_rank=1, optimizations="none"), dict(lora_rank=4, dp_size=2, gradient_accumulation_steps=2),
+], ids=str)  # fmt: skip
+def test_steps_of_uneven_shards(train: Callable[..., Run], family: Callable[..., Path], settings: dict) -> None:
+    """An MLP of 176 over three ranks: what all of them hold ends the partition of one, and not of another."""
+    model = family("mistral", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    short = dict(debug_steps=4, warmup_steps=0)
+    run = train(model, tp_size=3, **short, **settings)
+    assert_equal_runs(run, train(model, lora_rank=settings["lora_rank"], **short))
+
+
 @pytest.mark.parametrize("settings, expected", [
     (dict(), torch.float32), (dict(master_weights="bf16"), torch.bfloat16),
     (dict(gradient_dtype="bf16"), torch.bfloat16), (dict(gradient_dtype="fp32", zero_stage=3), torch.float32),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tp2d_helpers.speed.optimizer import OnePassAdamW, _fused_adamw
+from tp2d_helpers.speed.optimizer import OnePassAdamW, _adamw
 
 SETTINGS = dict(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 SHAPES = {"aligned": [(64, 128), (1024,), (24, 8)], "unaligned": [(7, 3), (513,), (100, 77)]}
@@ -50,7 +50,7 @@ def run(kernel: str, shapes: list[tuple[int, ...]], device: str, dtype: torch.dt
         clip, infinite = (norm / LIMIT).clamp(min=1.0), (~torch.isfinite(norm)).float()
         step += 1 - infinite
         if kernel == "torch":
-            _fused_adamw(gradients, *flat, step, clip, infinite, SETTINGS)
+            _adamw(gradients, *flat, step, clip, infinite, SETTINGS)
             weights.copy_(flat[0])
             continue
         beta1, beta2 = SETTINGS["betas"]

@@ -166,14 +166,15 @@ def setup_model_with_autotp(
 
 
 def _optimizer(model: torch.nn.Module, config: dict[str, Any], undecayed: Collection[str]) -> torch.optim.Optimizer:
-    """AdamW in one kernel per step. Its learning rate is constant until it is given a schedule (training/schedule.py).
+    """AdamW. Its learning rate is constant until it is given a schedule (training/schedule.py).
 
-    Made before the weights are sharded: AutoTP puts the shards in their place.
+    Made before the weights are sharded: AutoTP puts the shards in their place. On GPUs a step is one kernel; that for
+    CPUs rounds the last numbers of a tensor in another way, so that a weight would depend on what lies behind it.
     """
     return torch.optim.AdamW(
         parameter_groups(model, undecayed, config.get("weight_decay", 0.01)),
         lr=config.get("learning_rate", 1e-5),
         betas=(config.get("adam_beta1", 0.9), config.get("adam_beta2", 0.999)),
         eps=config.get("adam_epsilon", 1e-8),
-        fused=True,
+        fused=torch.cuda.is_available(),
     )

@@ -106,7 +106,7 @@ class FusedZeroOptimizer(SummingZeroOptimizer):
         weights = self.parallel_partitioned_bit16_groups[i][dist.get_rank(self.real_dp_process_group[i])]
         moments = state["exp_avg"], state["exp_avg_sq"]
         if self.one_pass is None or not masters.is_cuda:
-            _fused_adamw(gradients, masters, *moments, state["step"], clip, infinite, settings)
+            _adamw(gradients, masters, *moments, state["step"], clip, infinite, settings)
             weights.copy_(masters)
             return
         gradients = [gradient.contiguous() for gradient in gradients]
@@ -122,20 +122,26 @@ class FusedZeroOptimizer(SummingZeroOptimizer):
         return state
 
 
-def _fused_adamw(
+def _adamw(
     gradients: list[torch.Tensor], masters: torch.Tensor, means: torch.Tensor, squares: torch.Tensor,
     step: torch.Tensor, clip: torch.Tensor, infinite: torch.Tensor, settings: dict[str, Any],
 ) -> None:  # fmt: skip
-    """PyTorch's kernel on the flat partition, a gradient at a time: where there is no Triton."""
+    """PyTorch's function on the flat partition, a gradient at a time: where there is no Triton.
+
+    Fused on GPUs alone, as `engine._optimizer` has it.
+    """
     beta1, beta2 = settings["betas"]
     sizes = [gradient.numel() for gradient in gradients]
     parts = [tensor.split(sizes) for tensor in (masters, means, squares)]
+    fused = dict(fused=True, grad_scale=clip, found_inf=infinite) if masters.is_cuda else dict(foreach=False)
+    if not masters.is_cuda and infinite:
+        return
     for gradient, master, mean, square in zip(gradients, *parts, strict=True):
-        before = step - 1 + infinite  # counted already; the function counts, too
+        gradient, before = gradient.flatten().float(), step - 1 + infinite  # counted already; the function counts, too
         adamw(
-            [master], [gradient.flatten().float()], [mean], [square], [], [before], fused=True, grad_scale=clip,
-            found_inf=infinite, lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"],
-            eps=settings["eps"], amsgrad=False, maximize=False,
+            [master], [gradient if masters.is_cuda else gradient / clip], [mean], [square], [], [before], **fused,
+            lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"],
+            amsgrad=False, maximize=False,
         )  # fmt: skip
 
 
