@@ -24,7 +24,7 @@ from tp2d_helpers import heartbeat
 from tp2d_helpers.cache.locks import alone
 
 LIST = ".files.json"  # {name: [bytes, hash]}
-BLOCK = 2**24  # bytes that are read at once
+BLOCK = 2**20  # bytes that are read at once
 GOOD_SECONDS = 24 * 3600  # that a look at the contents counts for
 
 

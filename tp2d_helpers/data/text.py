@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +113,7 @@ def _load_files(files: list[Path], text_column: str, text_files: str) -> dataset
     form = chat_format(first, text_column)
     columns = FORMATS[form] if form else (text_column,)
     shared = dict(files=[str(file) for file in files], needed=_bytes_of(files, columns, first), stamps=stamp(*files))
+    del first  # it may be large
     if form:
         return map_rows(read_chats, [form, "where"], columns=columns, form=form, **shared)
     return map_rows(read_rows, [text_column], text_column=text_column, how=text_files, **shared)
@@ -122,9 +122,13 @@ def _load_files(files: list[Path], text_column: str, text_files: str) -> dataset
 def _bytes_of(files: list[Path], columns: tuple[str, ...], rows: list[dict[str, Any]]) -> float:
     """About how many bytes these columns of the files have, by some of their rows; at least, if they are compressed."""
 
-    def length(row: dict[str, Any]) -> int:
-        """Bytes of it as JSON."""
-        return len(json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace"))
+    def length(value: Any) -> int:
+        """About the characters of it as JSON, without a copy of a long text."""
+        if isinstance(value, dict):
+            return sum(len(name) + length(part) for name, part in value.items())
+        if isinstance(value, list):
+            return sum(map(length, value))
+        return 8 + len(value) if isinstance(value, str) else 8
 
     chosen = ({name: row[name] for name in columns if name in row} for row in rows)
     share = sum(map(length, chosen)) / sum(map(length, rows)) if rows else 1.0
