@@ -66,6 +66,16 @@ def test_another_grid_keeps_the_global_batch(first: Config) -> None:
     assert [continue_run(first.change(tp_size=1, zero_stage=stage)).zero_stage for stage in (2, 3)] == [2, 3]
 
 
+def test_a_run_with_a_value_that_is_no_more(first: Config) -> None:
+    """What is set now counts."""
+    folder = checkpoint(first)
+    manifest = read_manifest(folder)
+    settings = manifest["settings"] | {"activation_checkpointing": "selective"}
+    write_json(folder / "rank_0.json", {**manifest, "settings": settings})
+    assert continue_run(first) == first
+    assert "activation_checkpointing 'selective' → 'none'" in rows(first)["changed since"][0]
+
+
 def test_a_run_that_was_made_at_stage_0(first: Config) -> None:
     """As older versions let it."""
     folder = checkpoint(first)

@@ -539,6 +539,15 @@ def test_data_in_no_known_format(refused: Callable[..., None], tmp_path: Path) -
 # Precision, storage, the run's folder
 
 
+def test_what_clips_wrongly_is_gone() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^zero_stage = 0: .* part of the gradient norm; take 1, which computes the same"
+    ):
+        make_config(zero_stage=0)
+    with pytest.raises(ConfigError, match=r"^activation_checkpointing = 'selective': .*'none', 'full' or 'auto'"):
+        make_config(activation_checkpointing="selective")
+
+
 @pytest.mark.parametrize("precision, computed", [("auto", "fp32"), ("fp32", "fp32"), ("fp16", "fp16")])
 def test_bf16_masters_of_another_precision(refused: Callable[..., None], precision: str, computed: str) -> None:
     refused("master_weights = 'bf16'", f"computes in {computed}", precision=precision, master_weights="bf16")

@@ -26,6 +26,7 @@ CONTENTS = {"model": ("model_name",),
             "data": ("dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
                      "eval_dataset_name")}  # fmt: skip
 GRID = ("tp_size", "dp_size", "zero_stage")
+BATCH = ("batch_size_per_gpu", "dp_size", "gradient_accumulation_steps", "global_batch_size")  # what a step takes
 
 
 def record_run(
@@ -108,7 +109,7 @@ def continue_run(config: Config) -> Config:
             f"experiment_name = {config.experiment_name!r}: the run was made with zero_stage 0, whose checkpoints "
             "DeepSpeed loads nowhere else. Export it, and begin a run with the export as model_name"
         )
-    then = make_config(**{name: found[name] for name in Config.model_fields if name in found})
+    then = make_config(**{name: found[name] for name in BATCH if name in found})
     samples = then.samples_per_step
     if config.global_batch_size not in (0, samples):
         raise ConfigError(
