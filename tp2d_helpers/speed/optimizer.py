@@ -15,6 +15,7 @@ import deepspeed
 import deepspeed.comm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch.optim.adamw import adamw
@@ -27,6 +28,9 @@ try:
     from tp2d_helpers.speed.kernels import OnePassAdamW
 except ImportError:  # Triton comes with PyTorch for GPUs only
     OnePassAdamW = None
+
+
+LANES = 64  # numbers; a multiple of what a CPU's vectors have
 
 
 class FusedZeroOptimizer(SummingZeroOptimizer):
@@ -126,23 +130,26 @@ def _adamw(
     gradients: list[torch.Tensor], masters: torch.Tensor, means: torch.Tensor, squares: torch.Tensor,
     step: torch.Tensor, clip: torch.Tensor, infinite: torch.Tensor, settings: dict[str, Any],
 ) -> None:  # fmt: skip
-    """PyTorch's function on the flat partition, a gradient at a time: where there is no Triton.
+    """PyTorch's kernel on the flat partition, a gradient at a time: where there is no Triton.
 
-    Fused on GPUs alone, as `engine._optimizer` has it.
+    On a CPU it rounds the last numbers of a tensor in another way: there the last ones don't count.
     """
     beta1, beta2 = settings["betas"]
     sizes = [gradient.numel() for gradient in gradients]
     parts = [tensor.split(sizes) for tensor in (masters, means, squares)]
-    fused = dict(fused=True, grad_scale=clip, found_inf=infinite) if masters.is_cuda else dict(foreach=False)
-    if not masters.is_cuda and infinite:
-        return
-    for gradient, master, mean, square in zip(gradients, *parts, strict=True):
-        gradient, before = gradient.flatten().float(), step - 1 + infinite  # counted already; the function counts, too
+    for gradient, *places in zip(gradients, *parts, strict=True):
+        before, more = step - 1 + infinite, -gradient.numel() % LANES  # counted already; the function counts, too
+        padded = places if masters.is_cuda or not more else [F.pad(place, (0, more)) for place in places]
+        (master, mean, square), gradient = padded, gradient.flatten().float()
+        gradient = gradient if padded is places else F.pad(gradient, (0, more))
         adamw(
-            [master], [gradient if masters.is_cuda else gradient / clip], [mean], [square], [], [before], **fused,
+            [master], [gradient], [mean], [square], [], [before], fused=True, grad_scale=clip, found_inf=infinite,
             lr=settings["lr"], beta1=beta1, beta2=beta2, weight_decay=settings["weight_decay"], eps=settings["eps"],
             amsgrad=False, maximize=False,
         )  # fmt: skip
+        if padded is not places:
+            for place, now in zip(places, padded, strict=True):
+                place.copy_(now[: len(place)])
 
 
 def fuse_step(engine: deepspeed.DeepSpeedEngine) -> None:
