@@ -23,6 +23,7 @@ from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.model.sharding import meta_model
 from tp2d_helpers.model.text_part import KEY_MAPPING, is_part, text_part
 from tp2d_helpers.speed.layers import decoder_layers
+from tp2d_helpers.speed.mixtures import routers
 
 
 def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -148,7 +149,7 @@ class ModelFacts:
 
     def _matmuls(self, plan: Plan) -> Iterator[tuple[torch.nn.Module, Matmul]]:
         """Every matrix of the model with its module. Lookups, norms and what is per head are none."""
-        experts, per_token = self.experts
+        (experts, per_token), frozen = self.experts, routers(self.meta)  # which LoRA leaves as they are
         for name, module in self.meta.named_modules():
             if isinstance(module, torch.nn.Embedding) or "norm" in type(module).__name__.lower():
                 continue
@@ -156,7 +157,8 @@ class ModelFacts:
                 full, style = f"{name}.{own}", plan.styles.get(name, "")
                 *stack, inputs, outputs = plan.shape(full, weight.shape) if weight.ndim > 1 else (0, 0, 0)
                 if not stack and not own.endswith("bias"):
-                    yield module, Matmul(full, inputs, outputs, style, isinstance(module, torch.nn.Linear | Conv1D))
+                    linear = isinstance(module, torch.nn.Linear | Conv1D) and module not in frozen
+                    yield module, Matmul(full, inputs, outputs, style, linear)
                 elif experts and stack == [experts]:
                     yield module, Matmul(full, inputs, outputs, style, False, experts, per_token)
 

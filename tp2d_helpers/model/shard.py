@@ -110,7 +110,7 @@ class Shard:
 
     @property
     def adapted(self) -> list[Matmul]:
-        """Where LoRA hangs an adapter: all linear layers; experts have none."""
+        """Where LoRA hangs an adapter: all linear layers; experts and routers have none."""
         return [matmul for matmul in self.layer_matmuls if matmul.linear]
 
     def adapters(self, rank: int) -> int:
