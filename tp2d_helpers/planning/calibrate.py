@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from tp2d_helpers.config import ConfigError
 from tp2d_helpers.planning.constants import HOST_LAYER, HOST_STEP, Constants, store
 from tp2d_helpers.speed.devices import Device, device_named
 
@@ -201,7 +202,11 @@ def main() -> None:
     if device is None:
         sys.exit(f"error: {properties.name} is not in the table of GPUs (tp2d_helpers/speed/devices.py): add it there")
     constants = calibrate(device, torch.cuda.device_count())
-    print(json.dumps({"device": device.name, "kept in": str(store(constants, device)), **asdict(constants)}, indent=2))
+    try:
+        kept = str(store(constants, device))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps({"device": device.name, "kept in": kept, **asdict(constants)}, indent=2))
 
 
 if __name__ == "__main__":

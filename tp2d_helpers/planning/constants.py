@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tp2d_helpers.cache import cache_dir
+from tp2d_helpers.cache.space import in_words
 from tp2d_helpers.checkpoint.files import read_json, write_json
 from tp2d_helpers.speed.devices import Device
 
@@ -52,9 +53,10 @@ def constants_of(device: Device) -> Constants:
 
 
 def store(constants: Constants, device: Device) -> Path:
-    """Keep what was measured here for `constants_of`; the file."""
+    """Keep what was measured here for `constants_of`; the file. Raises `ConfigError` if the cache can't be written."""
     path = _file(device, socket.gethostname())
-    write_json(path, asdict(constants))
+    with in_words(path):
+        write_json(path, asdict(constants))
     return path
 
 
