@@ -72,13 +72,16 @@ def _after_blocks(model: torch.nn.Module, layer: torch.nn.Module, norms: list[to
     made, found, handles = [], set(), []
 
     def note(module: torch.nn.Module, _: Any, output: Any) -> None:
+        """What a module of the layer has made."""
         made.append(output[0] if isinstance(output, tuple) else output)
 
     def look(module: torch.nn.Module, arguments: tuple) -> None:
+        """Whether a norm takes one of these."""
         if any(arguments and arguments[0] is output for output in made):
             found.add(module)
 
     def stop(*_: Any) -> None:
+        """The other layers are left out."""
         raise _Seen
 
     for module in layer.modules():
