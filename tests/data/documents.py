@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.data.tokenizer import load_tokenizer
 
 DOCUMENTS = ["the with statement", "yield", "def f(x): return x", "a " * 40, "class C:\n    pass", "lambda: 0", "é ☃"]
 

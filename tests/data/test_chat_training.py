@@ -18,7 +18,8 @@ from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.run_folder import newest_checkpoint
 from tp2d_helpers.data.dataloader import GlobalBatchSampler
 from tp2d_helpers.data.dataset import TokenDataset
-from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokens import prepare_tokens
 
 GRID = dict(tp_size=2, dp_size=2)
 TEMPLATES = Path(__file__).parent / "templates"

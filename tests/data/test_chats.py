@@ -21,7 +21,8 @@ from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.chats import from_json, to_json
 from tp2d_helpers.data.dataset import IGNORED, TokenDataset
 from tp2d_helpers.data.text import load_text
-from tp2d_helpers.data.tokens import example_segments, load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokens import example_segments, prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT
 
 CHATS = Path(__file__).parent / "chats.jsonl"

@@ -16,7 +16,8 @@ from documents import DOCUMENTS, read, write
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.dataloader import GlobalBatchSampler, create_dataloader, global_batches
 from tp2d_helpers.data.dataset import IGNORED, Packing, TokenDataset
-from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT
 
 # (dp_size, micro-batch, accumulation) of one global batch of 8.

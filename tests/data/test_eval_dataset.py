@@ -15,7 +15,8 @@ from tp2d_helpers.checkpoint.settings import check_same_data
 from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.data.dataset import Packing, TokenDataset, load_samples
 from tp2d_helpers.data.overlap import repeated_documents, same_source
-from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import demo_documents
 from tp2d_helpers.preflight.checks import check_resilience
 

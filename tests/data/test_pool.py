@@ -33,7 +33,8 @@ from tp2d_helpers.data import tokens as text_to_tokens
 from tp2d_helpers.data.folder import Part, digest
 from tp2d_helpers.data.rows import read
 from tp2d_helpers.data.text import load_text
-from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import demo_documents
 
 SIZE = 20_000  # bytes of text in a part

@@ -22,7 +22,8 @@ from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data import text_tokens
 from tp2d_helpers.data import tokens as text_to_tokens
 from tp2d_helpers.data.text import load_text
-from tp2d_helpers.data.tokens import load_tokenizer, prepare_tokens
+from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import END_OF_TEXT, demo_documents
 
 # Tokenise once.

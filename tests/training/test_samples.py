@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.checkpoint.settings import record_run
 from tp2d_helpers.config import ConfigError, make_config
-from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.launch import follow
 from tp2d_helpers.preflight.checks import check_resilience
 from tp2d_helpers.speed.optimizations import compilers

@@ -34,7 +34,7 @@ from tp2d_helpers.checkpoint.mark import check_output, write_mark
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, open_shards, whole_weight
 from tp2d_helpers.data.chat_tokens import stop_token
-from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.plan import Plan
 

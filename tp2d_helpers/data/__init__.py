@@ -6,7 +6,7 @@ __getattr__ = lazy(
     __name__,
     {
         "prepare_tokens": "tokens",
-        "load_tokenizer": "tokens",
+        "load_tokenizer": "tokenizer",
         "example_segments": "tokens",
         "load_text": "text",
         "TokenDataset": "dataset",

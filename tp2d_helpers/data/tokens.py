@@ -13,12 +13,11 @@ from typing import Any
 import datasets
 import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from tp2d_helpers import heartbeat
 from tp2d_helpers.cache import build_once, cache_dir, check_space, clear_cache, parts_of
 from tp2d_helpers.cache.space import size_of
-from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
 from tp2d_helpers.data.files import paths_of, stamp
 from tp2d_helpers.data.folder import Part, TokenWriter
@@ -26,6 +25,7 @@ from tp2d_helpers.data.pool import Job, cores, run
 from tp2d_helpers.data.rows import lengths
 from tp2d_helpers.data.text import is_chats, load_text
 from tp2d_helpers.data.text_tokens import TextEncoder
+from tp2d_helpers.data.tokenizer import load_tokenizer
 
 LAYOUT = 4  # of the folder that `prepare_tokens` makes; another one is not taken for it
 SMALL = 4_000_000  # bytes of text; starting other processes takes as long as tokenising these
@@ -34,37 +34,6 @@ LONG = 5  # seconds of tokenising, after which a line says how fast it was
 # The settings of a run that `prepare_tokens` takes.
 SOURCE = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
           "trust_remote_code", "chat_template", "loss_on")  # fmt: skip
-
-
-def load_tokenizer(
-    model_name: str, trust_remote_code: bool = False, chat_template: str = ""
-) -> transformers.PreTrainedTokenizerBase:
-    """Load the tokenizer of a model and see to it that it can end a document and pad a line.
-
-    Args:
-        chat_template: a .jinja file with a chat template to take in place of the tokenizer's own.
-
-    Raises:
-        ConfigError: if there is none, it has neither a pad nor an end-of-text token, or the template can't be read.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ConfigError(
-            f"model_name = {model_name!r}: its tokenizer can't be loaded ({reason(error)}). "
-            'Without a way to the hub, take "demo" or the path of a local folder.'
-        ) from error
-    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
-        raise ConfigError(
-            f"model_name = {model_name!r}: its tokenizer has neither an end-of-text nor a pad token; "
-            "set one in its tokenizer_config.json (eos_token)"
-        )
-    if chat_template:
-        try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"chat_template = {chat_template!r}: must be a .jinja file ({reason(error)})") from error
-    return tokenizer
 
 
 def prepare_tokens(

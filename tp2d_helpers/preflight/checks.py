@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.overlap import same_source
-from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.demo import display_name
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters, kinds, targets

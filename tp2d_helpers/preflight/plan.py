@@ -16,7 +16,7 @@ from tp2d_helpers.checkpoint.run_folder import last_step
 from tp2d_helpers.checkpoint.settings import continue_run, record_run, same_model
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
 from tp2d_helpers.data.files import absolute_name
-from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.demo import demo_model, has_random_weights
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.batch import choose_batch, fit_batch

@@ -22,7 +22,7 @@ from tp2d_helpers import heartbeat
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.packing import cumulative_lengths
-from tp2d_helpers.data.tokens import load_tokenizer
+from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.training.metrics import append, keep_until, read_metrics
 
 NEW_TOKENS = 24  # that a prompt is continued by, at most
