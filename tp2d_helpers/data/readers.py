@@ -29,6 +29,7 @@ import pyarrow.parquet
 
 from tp2d_helpers.cache import is_full
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chats import to_json
 from tp2d_helpers.data.files import format_of, is_lfs_pointer
 from tp2d_helpers.data.row_file import one_text
@@ -81,7 +82,11 @@ def read_chats(files: list[str], columns: Columns, form: str, stamps: list[list[
     for path in map(Path, files):
         word = "line" if format_of(path) in (".jsonl", ".ndjson") else "row"
         for number, row in _read(path, columns, "document"):
-            yield to_json(row, form, f"{word} {number} of {path}")
+            where = f"{word} {number} of {path}"
+            try:
+                yield to_json(row, form, where)
+            except BadRow as error:
+                yield {form: None, "where": where, "bad": f"{error.kind}: {error.reason}"}
 
 
 def peek(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tp2d_helpers.cache import is_full
 from tp2d_helpers.cache.space import free_bytes, size
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chats import FORMATS, chat_format, to_json
 from tp2d_helpers.data.files import local_files, stamp
 from tp2d_helpers.data.readers import PEEK, no_column, peek, read_chats, read_rows
@@ -75,7 +76,7 @@ def _no_room(error: Exception) -> str:
 
 def is_chats(rows: datasets.Dataset) -> bool:
     """Whether what `load_text` gave are chats."""
-    return rows.column_names in [[form, "where"] for form in FORMATS]
+    return rows.column_names in [[form, "where", "bad"] for form in FORMATS]
 
 
 def _share(rows: datasets.Dataset, percentage: float) -> datasets.Dataset:
@@ -87,11 +88,18 @@ def _chats(rows: datasets.Dataset, text_column: str) -> datasets.Dataset:
     """A dataset of the hub as it is, or as chats."""
     if not (form := chat_format(rows.select(range(min(PEEK, len(rows)))).to_list(), text_column)):
         return rows
-    features = datasets.Features({name: datasets.Value("large_string") for name in (form, "where")})
+    features = datasets.Features({name: datasets.Value("large_string") for name in (form, "where", "bad")})
     return rows.map(
-        lambda row, i: to_json(row, form, f"row {i + 1}"),
+        lambda row, i: _to_json(row, form, f"row {i + 1}"),
         with_indices=True, remove_columns=rows.column_names, features=features, writer_batch_size=16,
     )  # fmt: skip
+
+
+def _to_json(row, form, where):
+    try:
+        return to_json(row, form, where)
+    except BadRow as error:
+        return {form: None, "where": where, "bad": f"{error.kind}: {error.reason}"}
 
 
 def hub_dataset(dataset_name: str, dataset_config: str = "") -> tuple[str, str | None, str]:
@@ -115,7 +123,7 @@ def _load_files(files: list[Path], text_column: str, text_files: str) -> dataset
     shared = dict(files=[str(file) for file in files], needed=_bytes_of(files, columns, first), stamps=stamp(*files))
     del first  # it may be large
     if form:
-        return map_rows(read_chats, [form, "where"], columns=columns, form=form, **shared)
+        return map_rows(read_chats, [form, "where", "bad"], columns=columns, form=form, **shared)
     return map_rows(read_rows, [text_column], text_column=text_column, how=text_files, **shared)
 
 
