@@ -112,8 +112,8 @@ def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
 def describe_left_out(data: TokenDataset) -> list[str]:
     """What of the rows is not trained on, for preflight's table: rows that the user left out, what templates drop."""
     remarks = Remarks.from_json(data.meta["remarks"])
-    rows = [f"left out as {kind}: {bad['count']:,} ({'; '.join(bad['first'])})" for kind, bad in remarks.bad.items()]
-    return rows + [f"not trained on: {what} ({count:,})" for what, count in remarks.notes.items()]
+    found = [f"left out as {kind}: {bad['count']:,} ({'; '.join(bad['first'])})" for kind, bad in remarks.bad.items()]
+    return found + [f"not trained on: {what} ({count:,})" for what, count in remarks.notes.items()]
 
 
 def describe_text(data: TokenDataset) -> list[str]:
@@ -132,11 +132,12 @@ def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
              f"{meta['with_loss'] / meta['tokens']:.1%} of the tokens with loss"]  # fmt: skip
     if data.too_long:
         found.append(f"longer than {length} tokens: {data.too_long:,}")
-    ends = {"template": "by the chat template", "header": "by the next turn's header, as the chat template has no other",
-            "tokenizer": "added to the last one, as the chat template ends it by no token"}[meta["ends"]]  # fmt: skip
+    ends = {"template": "by the chat template", "header": "by the next header, as the chat template has no other",
+            "tokenizer": "added to the last, as the chat template ends it by no token"}[meta["ends"]]  # fmt: skip
     chosen = "loss on all tokens, of all turns"
     if meta["loss_on"] == "assistant":
-        chosen = f"loss on the assistant's turns, which end in {meta['stop']!r} ({ends}): {meta['example']!r}"
+        end, example = meta["stop"], meta["example"]
+        chosen = f"loss on the assistant's turns, which end in {end!r} ({ends}): {example!r}"
         if not meta["stop"]:
             chosen = "loss on the assistant's turns, which end in no token: the tokenizer has none"
     if meta["date"]:
