@@ -64,6 +64,11 @@ class ChatEncoder:
                 f"dataset_name ({form}) need. Set chat_template to a .jinja file, or take a model that was made for "
                 "chats (its name often ends in Instruct)"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise ConfigError(
+                f"model_name = {tokenizer.name_or_path!r}: its tokenizer has several chat templates, none by default; "
+                f"set chat_template to one of {', '.join(map(repr, tokenizer.chat_template))}"
+            )
         self.text, self.form, self.loss_on = TextEncoder(tokenizer), form, loss_on
         self.template = ChatTemplate(tokenizer, today() if date in ("", "auto") else date)
         try:

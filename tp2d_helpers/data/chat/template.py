@@ -100,7 +100,7 @@ class ChatTemplate:
             found = self._marked(_compile(source, assigned), messages, options)
             if found and found.text == text:
                 yield found
-        if found := self._by_content(messages, text, options):
+        if not self.has_marks and (found := self._by_content(messages, text, options)):
             yield found
 
     def _marked(
