@@ -20,9 +20,10 @@ def run(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.M
 
     def config(number: int, **more: object) -> Config:
         path = tmp_path / f"{number}.jsonl"
-        path.write_text("".join(json.dumps({"text": f"{i:04}" + " the" * 200}) + "\n" for i in range(number)))
-        settings = dict(model_name=str(tiny_model("llama")), dataset_name=str(path), use_gpu=False, tp_size=1, dp_size=1,
-                        seq_length=32, packing=False, batch_size_per_gpu=4, eval_samples="auto")  # fmt: skip
+        rows = ({"text": f"{i:04}" + " the" * 200} for i in range(number))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = dict(model_name=str(tiny_model("llama")), dataset_name=str(path), use_gpu=False, tp_size=1,
+                        dp_size=1, seq_length=32, packing=False, batch_size_per_gpu=4, eval_samples="auto")  # fmt: skip
         return make_config(**{**settings, **more})
 
     return config
