@@ -33,7 +33,7 @@ def _copies_in_graphs(names: dict[str, Any]) -> None:
 
 
 def _no_capture_on_rank_1(names: dict[str, Any]) -> None:
-    """It ends in the midst of the capture: its copies are at another turn then than those of rank 0, which captures all.
+    """It ends in the midst of its capture: its copies are at another turn then than those of rank 0.
 
     The passes before it, which warm up, are real on both: they reduce over the ranks, and would wait for one that left.
     """
