@@ -174,7 +174,7 @@ def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
             "tokenizer": "added to the last, as the chat template ends it by no token"}[meta["ends"]]  # fmt: skip
     chosen = "loss on all tokens, of all turns"
     if meta["loss_on"] == "assistant":
-        end, example = meta["stop"], meta["example"]
+        end, example = meta["stop"], Remarks.from_json(meta["remarks"]).example
         chosen = f"loss on the assistant's turns, which end in {end!r} ({ends}): {example!r}"
         if not meta["stop"]:
             chosen = "loss on the assistant's turns, which end in no token: the tokenizer has none"

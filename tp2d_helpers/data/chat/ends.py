@@ -22,7 +22,7 @@ class Ends:
 
     Attributes:
         token: what ends the last answer of a conversation; None if nothing does.
-        example: an answer, with what ends it; `written`: of that, what the template wrote.
+        written: an answer, as the template writes it.
         how: "template", "header" (the token that the next one begins with) or "tokenizer".
         control: the tokenizer's added tokens, but for spaces.
     """
@@ -31,7 +31,7 @@ class Ends:
         self.tokenizer, self.stops, self.spaces = tokenizer, _stops(tokenizer), {}
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
         self.control = {number for number, token in added if not token.content.isspace()}
-        self.how, self.token, self.example, self.written = "tokenizer", tokenizer.eos_token_id, "", ""
+        self.how, self.token, self.written = "tokenizer", tokenizer.eos_token_id, ""
         for messages in answers.forms.plain():
             try:
                 found = answers.find(Conversation(messages))
@@ -51,9 +51,7 @@ class Ends:
         last = bounds[-1][1]
         if self.how != "header" and int(places.ids[last - 1]) in self.control:
             self.how, self.token = "template", int(places.ids[last - 1])
-        self.example = self.written = places.text[slice(*spans[0])].rstrip()
-        if self.how != "template" and self.token is not None:
-            self.example += self.tokenizer.decode([self.token])
+        self.written = places.text[slice(*spans[0])].rstrip()
 
     def mask(self, places: Places, spans: list[tuple[int, int]]) -> tuple[np.ndarray, list[int]]:
         """(bool [tokens], which have loss; tokens to add at the end, which have loss, too).
