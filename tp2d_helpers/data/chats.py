@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.bad_rows import BadRow
 
 PAIRS = "prompt + completion"
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -23,26 +23,13 @@ FORMATS: dict[str, tuple[str, ...]] = {
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names; any other is a role's own
 
 
-def chat_format(rows: list[dict[str, Any]], text_column: str) -> str | None:
-    """Which of `FORMATS` rows have; None if they are text, or have none of its columns. The first that has one decides.
-
-    In a row with both, the column `text_column` comes first, if it holds text.
-    """
-    for row in rows:
-        if text_column in row and not (text_column in FORMATS and isinstance(row[text_column], list)):
-            return None
-        if form := next((form for form, columns in FORMATS.items() if set(columns) <= set(row)), None):
-            return form
-    return None
-
-
-def to_json(row: dict[str, Any], form: str, where: str) -> dict[str, str]:
-    """A row of one of `FORMATS` as {form: JSON of {"messages": […], "prompt": n}, "where": where}.
+def to_json(row: dict[str, Any], form: str, where: str) -> dict[str, str | None]:
+    """A row of one of `FORMATS` as {form: JSON of {"messages": […], "prompt": n}, "where": where, "bad": None}.
 
     "prompt" is the number of messages that the answers to be learnt come after; 0 if every answer is one of them.
 
     Raises:
-        ConfigError: for a row that is no such chat, with `where` and what is wrong.
+        BadRow: for a row that is no such chat, with what is wrong.
     """
     try:
         if form == PAIRS:
@@ -52,8 +39,8 @@ def to_json(row: dict[str, Any], form: str, where: str) -> dict[str, str]:
         else:
             chat = {"messages": _messages(row.get(form), form), "prompt": 0}
     except ValueError as error:
-        raise ConfigError(f"dataset_name: {where}: {error}") from None
-    return {form: json.dumps(chat), "where": where}
+        raise BadRow("not_a_chat", str(error)) from None
+    return {form: json.dumps(chat), "where": where, "bad": None}
 
 
 def from_json(text: str) -> tuple[list[dict[str, Any]], int]:
