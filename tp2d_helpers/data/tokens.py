@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute
 import transformers
 from tqdm import tqdm
 
@@ -19,11 +20,11 @@ from tp2d_helpers.cache import build_once, cache_dir, check_space, clear_cache, 
 from tp2d_helpers.cache.space import size_of
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
-from tp2d_helpers.data.files import paths_of, stamp
+from tp2d_helpers.data.files import stamp
 from tp2d_helpers.data.folder import Part, TokenWriter
 from tp2d_helpers.data.pool import Job, cores, run
 from tp2d_helpers.data.rows import lengths
-from tp2d_helpers.data.text import is_chats, load_text
+from tp2d_helpers.data.text import is_chats, load_text, source_stamp
 from tp2d_helpers.data.text_tokens import TextEncoder
 from tp2d_helpers.data.tokenizer import load_tokenizer
 
@@ -63,7 +64,7 @@ def prepare_tokens(
     files = [model_name]
     if (chat_template, loss_on) != ("", "assistant"):
         request, files = [*request, chat_template, loss_on], [*files, chat_template]
-    stamps = [stamp(*(Path(name).expanduser() for name in files if name)), stamp(*paths_of(dataset_name))]
+    stamps = [stamp(*(Path(name).expanduser() for name in files if name)), source_stamp(dataset_name, dataset_config)]
     key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
@@ -71,11 +72,20 @@ def prepare_tokens(
         clear_cache()
         text = load_text(dataset_name, dataset_config, dataset_percentage, text_column, text_files)
         tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
+        if "bad" in text.column_names:
+            refuse_bad(text)
         text = text if is_chats(text) else text.select_columns([text_column])
         tokenize(text, tokenizer, folder, progress, loss_on, parts_of(target))
 
     target = cache_dir() / f"tokens-{key}"
     return build_once(target, build)
+
+
+def refuse_bad(rows: datasets.Dataset) -> None:
+    """Raise `ConfigError` for the first bad row."""
+    for table in rows.select_columns(["where", "bad"]).with_format("arrow").iter(batch_size=10_000):
+        if found := table.filter(pyarrow.compute.is_valid(table["bad"])).slice(0, 1).to_pylist():
+            raise ConfigError(f"dataset_name: {found[0]['where']}: {found[0]['bad'].partition(': ')[2]}")
 
 
 def tokenize(
