@@ -8,6 +8,7 @@ be right. Nothing after this module checks a setting again.
 from __future__ import annotations
 
 import ast
+import datetime
 import difflib
 import re
 from pathlib import Path
@@ -22,6 +23,16 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 # What makes a step faster without changing what it computes (the notebook says how, under "Speed").
 OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step", "cuda_graph")
+BAD_ROWS = {  # kinds of rows that can't be trained on as they are
+    "unreadable": "a line that is no JSON object, or a value that no text can have (bytes, NaN)",
+    "not_text": "a value that is no text in the column of the text",
+    "ambiguous": "a value that `datasets` wrote so that it can't be told whether it was text or a number",
+    "half_character": "half of a surrogate pair, which is no character (a program cut the text in the midst of one)",
+    "not_a_chat": "no list of messages with roles and contents",
+    "no_answer": "a chat without an assistant's turn to learn",
+    "refused": "a chat that the template refuses",
+    "not_written": "the template leaves out what the row says",
+}
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # where curves can be looked at
 
 
@@ -53,7 +64,9 @@ class Config(BaseModel):
     dataset_percentage: Annotated[float, Field(gt=0, le=100)] = 100.0
     packing: bool | Literal["documents", "auto"] = "auto"
     chat_template: str = ""
+    chat_date: str = "auto"
     loss_on: Literal["assistant", "all"] = "assistant"
+    leave_out_rows: str = ""
     trust_remote_code: bool = False
     # Parallelism.
     tp_size: PositiveInt = 2
@@ -181,6 +194,24 @@ class Config(BaseModel):
         if unknown := [name for name in names if name not in OPTIMIZATIONS]:
             raise ValueError(f"{unknown} unknown; must be 'auto', 'none', or some of {', '.join(OPTIMIZATIONS)}")
         return ",".join(names) or text
+
+    @field_validator("leave_out_rows")
+    @classmethod
+    def _are_kinds_of_rows(cls, text: str) -> str:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        if unknown := [name for name in names if name not in BAD_ROWS]:
+            raise ValueError(f"{unknown} unknown; must be '', or some of {', '.join(BAD_ROWS)}")
+        return ",".join(dict.fromkeys(names))
+
+    @field_validator("chat_date")
+    @classmethod
+    def _is_a_date(cls, text: str) -> str:
+        if text != "auto":
+            try:
+                datetime.date.fromisoformat(text)
+            except ValueError:
+                raise ValueError("must be 'auto' or a date as YYYY-MM-DD") from None
+        return text
 
     @field_validator("trackers")
     @classmethod

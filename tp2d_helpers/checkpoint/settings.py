@@ -15,6 +15,7 @@ from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.identity import check_model, model_identity
 from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, read_manifest, recorded
 from tp2d_helpers.config import Config, ConfigError, make_config
+from tp2d_helpers.data.chat.template import today
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
@@ -91,6 +92,8 @@ def continue_run(config: Config) -> Config:
     found = settings_of(config.run_dir, newest)
     if config.packing == "auto":  # as the run began, whatever "auto" would be now
         config = config.change(packing=found.get("packing", "auto"))
+    if config.chat_date == "auto":
+        config = config.change(chat_date=found.get("chat_date") or today())
     now = config.model_dump()
     by_name = [name for kind, names in CONTENTS.items() if not found.get(kind) for name in names]
     names = [name for name in (*by_name, *IDENTITY) if name in found and found[name] != now[name]]
@@ -163,15 +166,16 @@ def check_same_data(then: dict[str, Any] | None, now: dict[str, Any], dataset_na
         """An identity in words."""
         if not data:
             return "documents of dataset_name"
-        return f"{data['documents']:,} documents of {data['tokens']:,} tokens, SHA-256 {data['sha256'][:12]}…"
+        date = f", whose chat template wrote the date {data['date']}" if data.get("date") else ""
+        return f"{data['documents']:,} documents of {data['tokens']:,} tokens, SHA-256 {data['sha256'][:12]}…{date}"
 
     if then and then != now:
         what = f"dataset_name = {dataset_name!r}: its tokens are not those that this run was trained on"
         if {**then, "eval": None} == {**now, "eval": None}:
             what, then, now = "eval_dataset_name: its tokens are not the run's", then.get("eval"), now.get("eval")
         raise ConfigError(
-            f"{what}: {describe(then)} then, {describe(now)} now. Restore the data (and the tokenizer), or take "
-            "another experiment_name"
+            f"{what}: {describe(then)} then, {describe(now)} now. Restore the data (and the tokenizer, and chat_date), "
+            "or take another experiment_name"
         )
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-KINDS = {
-    "unreadable": "a line that is no JSON object, or a value that is no text, number or list (bytes, NaN)",
-    "not_text": "a value that is no text in the column of the text",
-    "ambiguous": "a value that `datasets` wrote so that it can't be told whether it was text or a number",
-    "half_character": "half of a surrogate pair, which is no character (a program cut the text in the midst of one)",
-    "not_a_chat": "no list of messages with roles and contents",
-    "no_answer": "a chat without an assistant's turn to learn",
-    "refused": "a chat that the template refuses",
-    "not_written": "the template leaves out what the row says",
-}
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tp2d_helpers.config import BAD_ROWS, ConfigError
+
+KINDS = BAD_ROWS
+FIRST = 3  # rows of a kind that are named
 
 
 class BadRow(ValueError):
@@ -21,10 +20,78 @@ class BadRow(ValueError):
         super().__init__(reason)
         self.kind, self.reason = kind, reason
 
-    @property
-    def line(self) -> str:
-        """As it stands in the column "bad" of rows that were read."""
-        return f"{self.kind}: {self.reason}".encode(errors="backslashreplace").decode()
-
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
         return BadRow, (self.kind, self.reason)
+
+    @property
+    def line(self) -> str:
+        """As `parse` takes it: "kind: reason"."""
+        return f"{self.kind}: {self.reason}".encode(errors="backslashreplace").decode()
+
+    @classmethod
+    def parse(cls, text: str) -> BadRow:
+        """One of "kind: reason"."""
+        kind, _, reason = text.partition(": ")
+        return cls(kind, reason)
+
+
+@dataclass
+class Remarks:
+    """What is to be said of rows: those that are bad, and what was left out of good ones."""
+
+    bad: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind: {"count", "first": where and why}
+    notes: Counter = field(default_factory=Counter)  # of how many rows, or turns
+
+    def add(self, error: BadRow, where: str) -> None:
+        """A bad row."""
+        self._merge(error.kind, 1, [f"{where}: {error.reason}"])
+
+    def merge(self, other: Remarks) -> None:
+        """Those of the rows that follow."""
+        self.notes += other.notes
+        for kind, found in other.bad.items():
+            self._merge(kind, found["count"], found["first"])
+
+    def _merge(self, kind: str, count: int, first: list[str]) -> None:
+        found = self.bad.setdefault(kind, {"count": 0, "first": []})
+        found["count"] += count
+        found["first"] = [*found["first"], *first][:FIRST]
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps({"bad": self.bad, "notes": self.notes})
+
+    @classmethod
+    def from_json(cls, text: str) -> Remarks:
+        """What `to_json` wrote."""
+        found = json.loads(text)
+        return cls(found["bad"], Counter(found["notes"]))
+
+    def check(self, dataset_name: str, rows: int, leave_out: str) -> None:
+        """Refuse bad rows, all kinds at once, but those of the kinds that are to be left out.
+
+        Args:
+            leave_out: kinds, with commas between.
+
+        Raises:
+            ConfigError: with how many there are of each kind, and the first of them.
+        """
+        names = [kind for kind in self.bad if kind not in kinds_of(leave_out)]
+        if not names:
+            return
+        lines = []
+        for kind in names:
+            found = self.bad[kind]
+            more = f", and {found['count'] - FIRST:,} more" if found["count"] > FIRST else ""
+            lines.append(f"{kind} ({KINDS[kind]}): {found['count']:,}, {'; '.join(found['first'])}{more}")
+        wanted = ",".join(sorted({*names, *kinds_of(leave_out)}))
+        number = sum(self.bad[kind]["count"] for kind in names)
+        raise ConfigError(
+            f"dataset_name = {dataset_name!r}: {number:,} of {rows:,} rows can't be trained on as they are. "
+            f"{'. '.join(lines)}. Mend them, or set leave_out_rows = {wanted!r} to train without them"
+        )
+
+
+def kinds_of(leave_out: str) -> list[str]:
+    """The kinds in a list with commas."""
+    return [name.strip() for name in leave_out.split(",") if name.strip()]

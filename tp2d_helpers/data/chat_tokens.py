@@ -1,45 +1,90 @@
 """Chats → tokens by a chat template, and for each token whether it has loss.
 
-Of an assistant's turn, what the model is to write has loss: its content and the stop token, with which it hands the
-turn back. What comes before (the turn's header) is given to it, and what comes after (the line break of ChatML) it is
-never asked for. Where the template marks that by `{% generation %}`, the marks count. Where it has none, a turn is what
-the rendered chat grows by when the turn is added, and it is checked that nothing before it changes.
+Of an assistant's turn, what the model is to write has loss: thoughts, words and calls, and the token with which it
+hands the turn back. What comes before (the turn's header) is given to it, and what comes after (the line break of
+ChatML) it is never asked for.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
 import transformers
 
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.chats import from_json
+from tp2d_helpers.data.bad_rows import BadRow
+from tp2d_helpers.data.chat.answers import Answered, Answers
+from tp2d_helpers.data.chat.ends import Ends
+from tp2d_helpers.data.chat.forms import Forms
+from tp2d_helpers.data.chat.template import ChatTemplate, today
+from tp2d_helpers.data.chats import Conversation, from_json
 from tp2d_helpers.data.folder import Part, PartBuilder, digest
 from tp2d_helpers.data.rows import Place, Text, read
 from tp2d_helpers.data.text_tokens import TextEncoder
+from tp2d_helpers.data.tokenizer import writes_date
 
-MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-WAYS_OUT = "set chat_template to a .jinja file that marks the assistant's turns by {% generation %}"
+CONTROL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>]+\1>|<(?:start|end)_of_turn>")  # how templates write control tokens
+
+
+@dataclass
+class Example:
+    """A chat's text and answers, and what is wrong with it, if something is."""
+
+    where: str
+    size: int  # bytes of its row
+    turns: int = 0
+    answered: Answered | None = None
+    bad: BadRow | None = None
 
 
 class ChatEncoder:
-    """Tokenises rows of chats, as `load_text` gives them. An example without a token to learn is left out.
+    """Tokenises rows of chats, as `load_text` gives them. Bad rows are left out and remarked upon.
+
+    Args:
+        date: YYYY-MM-DD, what a template that writes the date takes for today.
 
     Raises:
-        ConfigError: if there is no template, it refuses an example, or a turn can't be told from what is around it.
+        ConfigError: if there is no template, or its answers end in a token that the tokenizer hasn't got.
     """
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, form: str, loss_on: str) -> None:
-        self.text = TextEncoder(tokenizer)
-        self.renderer = Renderer(tokenizer, form, loss_on)
+    def __init__(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, form: str, loss_on: str = "assistant", date: str = ""
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                f"model_name = {tokenizer.name_or_path!r}: its tokenizer has no chat template, which the chats of "
+                f"dataset_name ({form}) need. Set chat_template to a .jinja file, or take a model that was made for "
+                "chats (its name often ends in Instruct)"
+            )
+        self.text, self.form, self.loss_on = TextEncoder(tokenizer), form, loss_on
+        self.template = ChatTemplate(tokenizer, today() if date in ("", "auto") else date)
+        try:
+            self.answers = Answers(self.template)
+            self.ends = Ends(self.answers, tokenizer)
+        except (BadRow, ValueError) as error:
+            raise ConfigError(f"chat_template: {error}") from error
+        written = dict.fromkeys(found[0] for found in CONTROL.finditer(self.template.everything))
+        known = {tokenizer.decode([token]) for token in self.ends.control}
+        self.absent = [name for name in written if name not in known]  # and so it is several tokens
+        if any(self.ends.written.endswith(name) for name in self.absent):
+            raise ConfigError(
+                f"chat_template: the template ends answers in {self.ends.written[-20:]!r}, and the tokenizer of "
+                f"model_name = {tokenizer.name_or_path!r} has no such token ({', '.join(self.absent)} would be text); "
+                "take a template that is written in its tokens, or a model that has them"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What is to be said of it: the format, what has loss, how answers end, the control tokens that are missing."""
+        date = self.template.day.date().isoformat() if writes_date(self.text.tokenizer) else ""
+        ends = {"ends": self.ends.how, "example": self.ends.example, "absent": self.absent}
+        return {"format": self.form, "loss_on": self.loss_on, "date": date, **ends}
 
     def cuts(self, chat: Text, size: int) -> Iterator[int]:
         """A chat is never divided."""
@@ -47,158 +92,69 @@ class ChatEncoder:
 
     def encode(self, rows: datasets.Dataset, begin: Place, end: Place, tick: Callable[[int], None]) -> Part:
         """The tokens of the rows from `begin` to before `end`, and their mask. `tick` gets the bytes that are done."""
-        builder, bounds = PartBuilder(), (begin.row, end.row)
-        chats = zip(read(rows, *bounds), read(rows, *bounds, column=1), strict=True)
-        for batch in self._batches(chats):
-            tokens = self._encode([text for example in batch for text in example.texts])
+        builder = PartBuilder()
+        for batch in self._batches(rows, begin.row, end.row):
+            texts = (example.answered.text for example in batch if example.answered)
+            places = self.text.places(texts)
             for example in batch:
-                whole, *prefixes = [next(tokens) for _ in example.texts]
-                mask = self.renderer.mask(example, whole, prefixes)
-                if mask[1:].any():  # nothing predicts the first token
-                    builder.add(whole, mask)
-                    builder.end(digest([example.texts[0]]) or 0)
-                    builder.turns += len(example.messages)
+                if not example.bad:
+                    self._add(builder, example, next(places))
+                if example.bad:
+                    builder.remarks.add(example.bad, example.where)
             tick(sum(example.size for example in batch))
         return builder.part()
 
-    def _batches(self, chats: Iterator[tuple[Text, Text]]) -> Iterator[list[Example]]:
+    def _add(self, builder: PartBuilder, example: Example, places: object) -> None:
+        """The tokens of an example, if it has something to learn."""
+        try:
+            mask, added = self.ends.mask(places, example.answered.spans)
+        except ValueError as error:
+            example.bad = BadRow("refused", f"it can't be told where an answer begins or ends: {error}")
+            return
+        ids = np.concatenate([places.ids, np.asarray(added, dtype=np.int64)])
+        mask = np.ones(len(ids), dtype=bool) if self.loss_on == "all" else np.concatenate([mask, [True] * len(added)])
+        if not mask[1:].any():  # nothing predicts the first token
+            example.bad = BadRow("no_answer", "no turn of an assistant is to be learnt")
+            return
+        builder.add(ids, mask)
+        builder.end(digest([example.answered.text]) or 0)
+        builder.turns += example.turns
+        builder.remarks.notes += example.answered.notes
+
+    def _batches(self, rows: datasets.Dataset, begin: int, end: int) -> Iterator[list[Example]]:
         """Examples of about as many characters as the tokenizer is given at once, or one."""
         batch, size = [], 0
-        for chat, where in chats:
-            example = self.renderer.render(*from_json(str(chat)), str(where))
-            example.size = len(chat)
+        for chat, where, bad in zip(*(read(rows, begin, end, column) for column in range(3)), strict=True):
+            example = Example(str(where), len(chat), bad=BadRow.parse(str(bad)) if len(bad) else None)
+            if not example.bad:
+                try:
+                    conversation = from_json(str(chat))
+                    example.turns = len(conversation.messages)
+                    example.answered = self.answers.find(conversation)
+                    size += len(example.answered.text)
+                except BadRow as error:
+                    example.bad = error
             batch.append(example)
-            size += sum(map(len, example.texts))
-            if size > self.text.characters:
+            if size > self.text.characters or len(batch) == 1000:
                 yield batch
                 batch, size = [], 0
         if batch:
             yield batch
 
-    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """The tokens of each text."""
-        bounds = np.cumsum([len(text) for text in texts]) // self.text.characters
-        for _, group in groupby(zip(bounds, texts, strict=True), key=lambda pair: pair[0]):
-            ids = self.text.ids([text for _, text in group])
-            yield from (np.asarray(tokens, dtype=np.uint32) for tokens in ids)
-
-
-@dataclass
-class Example:
-    """A chat and how it is rendered: as a whole, and up to where its answers begin and end."""
-
-    messages: list[dict[str, Any]]
-    where: str  # it stands
-    has_answers: bool  # that are to be learnt
-    texts: list[str]  # the whole, and beginnings of it
-    of: list[int] = field(default_factory=list)  # for each beginning, the number of the answer that it is for
-    size: int = 0  # bytes of its row
-
-    def add(self, answer: int, beginning: str) -> None:
-        """A beginning, which ends where an answer begins or ends."""
-        self.texts.append(beginning)
-        self.of.append(answer)
-
-
-class Renderer:
-    """Renders chats by the template of a tokenizer. Raises `ConfigError` if it has none."""
-
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, form: str, loss_on: str) -> None:
-        self.tokenizer, self.loss_on = tokenizer, loss_on
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"model_name = {tokenizer.name_or_path!r}: its tokenizer has no chat template, which the chats of "
-                f"dataset_name ({form}) need. Set chat_template to a .jinja file, or take a model that was made for "
-                "chats (its name often ends in Instruct)"
-            )
-        self.marks = tokenizer.is_fast and bool(MARKS.search(tokenizer.get_chat_template()))
-        added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
-        self.control = {number for number, token in added if not token.content.isspace()}
-
-    def render(self, messages: list[dict[str, Any]], prompt: int, where: str) -> Example:
-        """A chat whose messages from `prompt` on are to be learnt. Raises `ConfigError` if the template refuses it."""
-        answers = [i for i, message in enumerate(messages) if i >= prompt and message["role"] == "assistant"]
-        example = Example(messages, where, bool(answers), [self._text(messages, where)])
-        if self.loss_on == "all" or not answers:
-            return example
-        if self.marks:  # of the prompt's answers, too: where does the first one begin that is to be learnt?
-            if any(message["role"] == "assistant" for message in messages[: answers[0]]):
-                example.add(answers[0], self._text(messages[: answers[0]], where))
-            return example
-        if 0 in answers:
-            raise ConfigError(f"dataset_name: {where}: the chat begins with an assistant's turn; {WAYS_OUT}")
-        for i in answers:
-            example.add(i, self._text(messages[:i], where, add_generation_prompt=True))
-            if messages[i + 1 :]:
-                example.add(i, self._text(messages[: i + 1], where))
-        return example
-
-    def mask(self, example: Example, whole: np.ndarray, prefixes: list[np.ndarray]) -> np.ndarray:
-        """bool, for each token of the whole whether it has loss, by the tokens of the beginnings.
-
-        Raises:
-            ConfigError: if the whole doesn't begin with one of them.
-        """
-        if self.loss_on == "all":
-            return np.ones(len(whole), dtype=bool)
-        mask = np.zeros(len(whole), dtype=bool)
-        if not example.has_answers:
-            return mask
-        for answer, prefix in zip(example.of, prefixes, strict=True):
-            if not np.array_equal(whole[: len(prefix)], prefix):
-                raise ConfigError(
-                    f"dataset_name: {example.where}: it can't be told where message {answer + 1} (assistant) begins or "
-                    f"ends, as the tokens before that change once more of the chat follows; {WAYS_OUT}"
-                )
-        bounds = [*map(len, prefixes), len(whole)]
-        for begin, end in self._marked(example, bounds) if self.marks else zip(bounds[::2], bounds[1::2], strict=False):
-            mask[begin : self._stop(whole, begin, end)] = True
-        return mask
-
-    def _marked(self, example: Example, bounds: list[int]) -> Iterator[tuple[int, int]]:
-        """The spans of tokens that the template marks, from the first answer that is to be learnt."""
-        options = dict(return_dict=True, return_assistant_tokens_mask=True)
-        marks = self.tokenizer.apply_chat_template(example.messages, **options)["assistant_masks"]
-        begin, first = 0, bounds[0] if len(bounds) > 1 else 0
-        if not any(marks[first:]):
-            raise ConfigError(f"dataset_name: {example.where}: the chat template's {{% generation %}} marks no answer")
-        for marked, group in groupby(marks):
-            end = begin + len(list(group))
-            if marked and begin >= first:
-                yield begin, end
-            begin = end
-
-    def _stop(self, tokens: np.ndarray, begin: int, end: int) -> int:
-        """Where a turn's tokens end: after its stop token, with nothing but that. A turn may have none."""
-        last = end
-        while last > begin and tokens[last - 1] not in self.control and self._is_space(tokens[last - 1]):
-            last -= 1
-        if last > begin and tokens[last - 1] in self.control:
-            return last
-        # The marks of some templates end before it.
-        return end + int(self.marks and end < len(tokens) and tokens[end] in self.control)
-
-    def _is_space(self, token: int) -> bool:
-        return self.tokenizer.decode([int(token)]).isspace()
-
-    def _text(self, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"dataset_name: {where}: the chat template refuses it: {error}") from error
-
 
 def stop_token(tokenizer: transformers.PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an assistant's turn by the chat template; None if it ends in none of the tokenizer's own."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    """The token that ends an assistant's turn by the chat template; None if there is no template, or no such token."""
     try:
-        renderer = Renderer(tokenizer, "messages", "assistant")
-        example = renderer.render(turns, 0, "a chat")
-        whole, *prefixes = [np.asarray(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in example.texts]
-        last = int(whole[np.flatnonzero(renderer.mask(example, whole, prefixes))[-1]])
-    except (ConfigError, IndexError):  # there is no template, or it has no such chats
+        return ChatEncoder(tokenizer, "messages").ends.token
+    except ConfigError:
         return None
-    return last if last in renderer.control else None
+
+
+def asking(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, date: str = "") -> str:
+    """The text by which a user's turn asks for an answer. Raises `BadRow` if the template refuses it."""
+    template = ChatTemplate(tokenizer, today() if date in ("", "auto") else date)
+    messages = Forms(template).messages(Conversation([{"role": "user", "content": prompt}]))
+    return template.text(messages, add_generation_prompt=True)
 
 
 def read_segments(
@@ -210,5 +166,5 @@ def read_segments(
     mask = np.ones(len(tokens), dtype=np.uint8)
     if (folder / "mask.bin").exists():
         mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r")[begin:end]
-    runs = groupby(zip(tokens, mask.tolist(), strict=True), key=lambda pair: bool(pair[1]))
+    runs = itertools.groupby(zip(tokens, mask.tolist(), strict=True), key=lambda pair: bool(pair[1]))
     return [(tokenizer.decode([token for token, _ in run]), has_loss) for has_loss, run in runs]

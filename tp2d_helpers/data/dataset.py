@@ -128,6 +128,7 @@ class TokenDataset(Dataset):
         With those of the dataset that is evaluated on, under "eval", if it is another one.
         """
         own = {name: self.meta[name] for name in ("documents", "tokens", "sha256")}
+        own |= {"date": self.meta["date"]} if self.meta.get("date") else {}
         return own | ({"eval": self.other.identity} if self.other else {})
 
     def __len__(self) -> int:

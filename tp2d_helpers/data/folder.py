@@ -5,7 +5,8 @@
 - `offsets.npy`: int64 [documents + 1], where each begins.
 - `first.npy`: int64 [documents], the first document with the same text: its own number, if it repeats none.
 - `digests.npy`: uint64 [documents], by which copies are told, in this folder or in another one.
-- `meta.json`: the numbers of rows, documents and tokens, the pad token, the highest token, a hash of all of them.
+- `meta.json`: the numbers of rows, documents and tokens, the pad token, the highest token, a hash of all of them, and
+  what is to be said of the rows (`Remarks`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from tp2d_helpers.data.bad_rows import Remarks
+
 NO_TOKENS, NO_MASK = [np.zeros(0, dtype=np.uint32)], [np.zeros(0, dtype=np.uint8)]
 
 
@@ -35,6 +38,7 @@ class Part:
     digests: np.ndarray  # uint64 [documents that end here], by which copies are told
     mask: np.ndarray  # uint8 [tokens] of chats, 1 where there is loss; of text [0]
     turns: np.ndarray  # int64 [1], the messages of chats
+    remarks: np.ndarray  # str [1], what is to be said of the rows (`Remarks`), as JSON
 
     def save(self, path: Path) -> None:
         """Write it to a file, which appears at once, when it is complete."""
@@ -65,6 +69,7 @@ class PartBuilder:
         self.pieces: list[np.ndarray] = []
         self.masks: list[np.ndarray] = []
         self.size, self.ends, self.digests, self.turns = 0, array("q"), array("Q"), 0
+        self.remarks = Remarks()
 
     def add(self, ids: Sequence[int], mask: np.ndarray | None = None) -> None:
         """Tokens of the current document, and which of them have loss."""
@@ -82,7 +87,7 @@ class PartBuilder:
         """All of them."""
         tokens, mask = np.concatenate([*NO_TOKENS, *self.pieces]), np.concatenate([*NO_MASK, *self.masks])
         ends, digests = np.array(self.ends, dtype=np.int64), np.array(self.digests, dtype=np.uint64)
-        return Part(tokens, ends, digests, mask, np.array([self.turns]))
+        return Part(tokens, ends, digests, mask, np.array([self.turns]), np.array([self.remarks.to_json()]))
 
 
 def digest(pieces: Iterable[str]) -> int | None:
@@ -105,7 +110,7 @@ class TokenWriter:
 
     def __init__(self, folder: Path, highest: int = 0, masked: bool = False) -> None:
         self.folder, self.highest, self.size, self.turns, self.with_loss = folder, highest, 0, 0, 0
-        self.offsets, self.digests = array("q", [0]), array("Q")
+        self.offsets, self.digests, self.remarks = array("q", [0]), array("Q"), Remarks()
         self.whole, self.whole_mask, self.masked = hashlib.sha256(), hashlib.sha256(), masked
         self.files = contextlib.ExitStack()
 
@@ -119,6 +124,7 @@ class TokenWriter:
 
     def add(self, part: Part) -> None:
         """The tokens that come next."""
+        self.remarks.merge(Remarks.from_json(str(part.remarks[0])))
         self.tokens.write(part.tokens.data)
         self.whole.update(part.tokens)
         self.highest = max(self.highest, int(part.tokens.max(initial=0)))
@@ -142,5 +148,6 @@ class TokenWriter:
         np.save(self.folder / "first.npy", firsts[which])
         np.save(self.folder / "digests.npy", digests)
         meta = {"rows": rows, "documents": len(self.digests), "tokens": self.size, "pad": pad,
-                "highest": self.highest, "sha256": self.whole.hexdigest(), **more}  # fmt: skip
+                "highest": self.highest, "sha256": self.whole.hexdigest(), "remarks": self.remarks.to_json(),
+                **more}  # fmt: skip
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -34,8 +34,8 @@ def load_text(
 ) -> datasets.Dataset:
     """Load a dataset: "demo", local files (see `local_files`), or a hub id: of its train split, or of `id:split`.
 
-    It has a column `text_column` of text; or, if it is recognised as chats (see `chat_format`), a column of the
-    format's name with each chat in JSON. Of chats and of files it also has the columns "where", which says where a row
+    Its first column is `text_column`, of text; or, if it is recognised as chats (see `chat_format`), that of the
+    format's name, with each chat in JSON. Of chats and of files it also has the columns "where", which says where a row
     stands (null for most of text), and "bad", which says "kind: reason" of a row that can't be read, and whose text or
     chat is null.
 
@@ -75,7 +75,7 @@ def load_text(
     kind = getattr(text.features[text_column], "dtype", type(text.features[text_column]).__name__)
     if "string" not in kind and kind != "null":
         raise ConfigError(f"text_column = {text_column!r}: it must hold text, and in {dataset_name!r} it is {kind}")
-    return _share(text, dataset_percentage)
+    return _share(text if "bad" in text.column_names else text.select_columns([text_column]), dataset_percentage)
 
 
 def source_stamp(dataset_name: str, dataset_config: str = "") -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.compute
+import tokenizers
 import transformers
 from tqdm import tqdm
 
@@ -19,22 +19,23 @@ from tp2d_helpers import heartbeat
 from tp2d_helpers.cache import build_once, cache_dir, check_space, clear_cache, parts_of
 from tp2d_helpers.cache.space import size_of
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.data.bad_rows import Remarks
+from tp2d_helpers.data.chat.template import today
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
-from tp2d_helpers.data.files import stamp
 from tp2d_helpers.data.folder import Part, TokenWriter
 from tp2d_helpers.data.pool import Job, cores, run
 from tp2d_helpers.data.rows import lengths
 from tp2d_helpers.data.text import is_chats, load_text, source_stamp
 from tp2d_helpers.data.text_tokens import TextEncoder
-from tp2d_helpers.data.tokenizer import load_tokenizer
+from tp2d_helpers.data.tokenizer import fingerprint, load_tokenizer, writes_date
 
-LAYOUT = 4  # of the folder that `prepare_tokens` makes; another one is not taken for it
+LAYOUT = 5  # of the folder that `prepare_tokens` makes; another one is not taken for it
 SMALL = 4_000_000  # bytes of text; starting other processes takes as long as tokenising these
 LONG = 5  # seconds of tokenising, after which a line says how fast it was
 
 # The settings of a run that `prepare_tokens` takes.
 SOURCE = ("model_name", "dataset_name", "dataset_config", "text_column", "text_files", "dataset_percentage",
-          "trust_remote_code", "chat_template", "loss_on")  # fmt: skip
+          "trust_remote_code", "chat_template", "chat_date", "loss_on", "leave_out_rows")  # fmt: skip
 
 
 def prepare_tokens(
@@ -47,45 +48,50 @@ def prepare_tokens(
     progress: bool = True,
     text_files: str = "document",
     chat_template: str = "",
+    chat_date: str = "",
     loss_on: str = "assistant",
+    leave_out_rows: str = "",
 ) -> Path:
     """Tokenise a dataset into the cache, once per node, and return the folder, which `folder` describes.
 
-    Before a new one is made, the cache is rid of what nobody will use again (`clear_cache`).
+    It is told by what it is made of: the contents of the tokenizer and its templates, the dataset's files or commit,
+    the versions of what tokenises, and the date, if the template writes it. Before one is made, the cache is rid of
+    what nobody will use again (`clear_cache`).
 
     Args:
-        chat_template, loss_on: for chats; see `load_tokenizer` and `ChatEncoder`.
+        chat_template, chat_date, loss_on: for chats; see `load_tokenizer` and `ChatEncoder`.
+        leave_out_rows: kinds of bad rows (`bad_rows.KINDS`) to train without, with commas between.
 
     Raises:
-        ConfigError: for a dataset that can't be loaded, lacks the column, or has no text in it.
+        ConfigError: for a dataset that can't be loaded, lacks the column, has no text in it, or bad rows.
     """
-    versions = [LAYOUT, transformers.__version__, platform.python_version()]  # the demo's text comes with Python
-    request = [model_name, dataset_name, dataset_config, text_column, dataset_percentage, text_files, *versions]
-    files = [model_name]
-    if (chat_template, loss_on) != ("", "assistant"):
-        request, files = [*request, chat_template, loss_on], [*files, chat_template]
-    stamps = [stamp(*(Path(name).expanduser() for name in files if name)), source_stamp(dataset_name, dataset_config)]
-    key = hashlib.sha256(json.dumps([request, stamps]).encode()).hexdigest()[:16]
+    tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
+    chat_date = today() if chat_date in ("", "auto") else chat_date
+    versions = [
+        LAYOUT,
+        transformers.__version__,
+        tokenizers.__version__,
+        platform.python_version(),
+    ]  # the demo is Python's
+    request = [dataset_name, dataset_config, text_column, dataset_percentage, text_files, loss_on, *versions]
+    request += [
+        fingerprint(tokenizer),
+        chat_date if writes_date(tokenizer) else "",
+        source_stamp(dataset_name, dataset_config),
+    ]
+    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
         """Load and tokenise; called if the cache hasn't got the folder."""
         clear_cache()
         text = load_text(dataset_name, dataset_config, dataset_percentage, text_column, text_files)
-        tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
-        if "bad" in text.column_names:
-            refuse_bad(text)
-        text = text if is_chats(text) else text.select_columns([text_column])
-        tokenize(text, tokenizer, folder, progress, loss_on, parts_of(target))
+        tokenize(text, tokenizer, folder, progress, loss_on, parts_of(target), chat_date)
 
     target = cache_dir() / f"tokens-{key}"
-    return build_once(target, build)
-
-
-def refuse_bad(rows: datasets.Dataset) -> None:
-    """Raise `ConfigError` for the first bad row."""
-    for table in rows.select_columns(["where", "bad"]).with_format("arrow").iter(batch_size=10_000):
-        if found := table.filter(pyarrow.compute.is_valid(table["bad"])).slice(0, 1).to_pylist():
-            raise ConfigError(f"dataset_name: {found[0]['where']}: {found[0]['bad'].partition(': ')[2]}")
+    folder = build_once(target, build)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    Remarks.from_json(meta["remarks"]).check(dataset_name, meta["rows"], leave_out_rows)
+    return folder
 
 
 def tokenize(
@@ -95,14 +101,15 @@ def tokenize(
     progress: bool = True,
     loss_on: str = "assistant",
     parts: Path | None = None,
+    chat_date: str = "",
 ) -> None:
     """Write the tokens of text or chats, as `load_text` gives them, into `folder` (see `TokenWriter`).
 
-    Memory depends neither on the number of rows nor on the length of a document. `meta.json` of chats also has:
-    `format`, `loss_on`, `turns` (messages) and `with_loss` (tokens).
+    Memory depends neither on the number of rows nor on the length of a document. `meta.json` also has what the encoder
+    says (`facts`), and of chats: `turns` (messages) and `with_loss` (tokens).
 
     Args:
-        text: a column of text; or chats, and where they stand.
+        text: a column of text or chats, where they stand, and what is wrong with them.
         parts: a folder in which the parts of a large dataset are kept until all are there; without one, and for a small
             dataset, this process tokenises by itself.
 
@@ -110,9 +117,9 @@ def tokenize(
         ConfigError: if there is nothing to learn, and as `ChatEncoder`.
     """
     column, size, chats, begun = text.column_names[0], sum(lengths(text)), is_chats(text), time.monotonic()
-    encoder = ChatEncoder(tokenizer, column, loss_on) if chats else TextEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, column, loss_on, chat_date) if chats else TextEncoder(tokenizer)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    highest = 0 if chats else encoder.end
+    highest = 0 if chats else max([*encoder.begin, *encoder.end])
     bar = tqdm(total=size, desc="Tokenising", unit="B", unit_scale=True, disable=not progress, mininterval=1)
     with bar, TokenWriter(folder, highest, masked=chats) as writer:
 
@@ -131,12 +138,9 @@ def tokenize(
             writer.add(part)
             found[made] += 1
         if not writer.digests:
-            raise ConfigError(
-                f"dataset_name: none of the {len(text)} examples ({column}) has an assistant's turn" if chats
-                else f"dataset_name: no text in the {len(text)} rows of column {column!r}"
-            )  # fmt: skip
-        more = {"format": column, "loss_on": loss_on} if chats else {}
-        writer.finish(len(text), pad if pad is not None else end, **more)
+            writer.remarks.check(column, len(text), leave_out="")
+            raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {column!r}")
+        writer.finish(len(text), pad if pad is not None else end, **encoder.facts())
     if progress and (seconds := time.monotonic() - begun) > LONG:
         there = f", {found[False]} of {sum(found)} parts were there" if found[False] else ""
         print(f"tokenised {size / 1e6:,.0f} MB in {seconds:.0f} s: {size / 1e6 / seconds:.1f} MB/s{there}", flush=True)

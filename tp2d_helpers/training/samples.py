@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from tp2d_helpers import heartbeat
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.data.chat_tokens import stop_token
+from tp2d_helpers.data.bad_rows import BadRow
+from tp2d_helpers.data.chat_tokens import asking, stop_token
 from tp2d_helpers.data.packing import cumulative_lengths
+from tp2d_helpers.data.text_tokens import TextEncoder
 from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.training.metrics import append, keep_until, read_metrics
 
@@ -43,7 +45,7 @@ def encode_prompts(settings: dict[str, Any], chats: bool) -> dict[str, list[int]
         return {}
     tokenizer, encoded = _tokenizer(settings), {}
     for prompt in names:
-        ids = encoded[prompt] = tokenizer(_render(tokenizer, prompt, chats), add_special_tokens=False)["input_ids"]
+        ids = encoded[prompt] = _encode(tokenizer, prompt, chats, settings["chat_date"])
         if not 0 < len(ids) <= settings["seq_length"] - NEW_TOKENS:
             raise ConfigError(
                 f"sample_prompts: {prompt[:40]!r} has {len(ids)} tokens; must have at least 1, and with the "
@@ -56,14 +58,16 @@ def _tokenizer(settings: dict[str, Any]) -> transformers.PreTrainedTokenizerBase
     return load_tokenizer(settings["model_name"], settings["trust_remote_code"], settings["chat_template"])
 
 
-def _render(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, chats: bool) -> str:
+def _encode(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, chats: bool, date: str) -> list[int]:
+    """As the data is: a document's beginning, or a conversation that asks for an answer."""
+    encoder = TextEncoder(tokenizer)
     if not chats:
-        return prompt
-    turn = [{"role": "user", "content": prompt}]
+        return [*encoder.begin, *next(encoder.places([prompt])).ids.tolist()]
     try:
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # of jinja, or of the template's own making
-        raise ConfigError(f"sample_prompts: the chat template refuses {prompt[:40]!r}: {error}") from error
+        text = asking(tokenizer, prompt, date)
+    except BadRow as error:
+        raise ConfigError(f"sample_prompts: {prompt[:40]!r}: {error}") from error
+    return next(encoder.places([text])).ids.tolist()
 
 
 class Samples:

@@ -1,0 +1,99 @@
+"""Which token ends an answer, and so which tokens of a conversation have loss.
+
+Most templates end an answer by a token of their own. GLM's end it by the token that the next header begins with, and
+some, for base models, by nothing: there the tokenizer's end-of-text token is added to a conversation's last answer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import transformers
+from transformers import GenerationConfig
+
+from tp2d_helpers.data.bad_rows import BadRow
+from tp2d_helpers.data.chat.answers import Answers
+from tp2d_helpers.data.chat.places import Places
+from tp2d_helpers.data.chats import Conversation
+from tp2d_helpers.data.text_tokens import TextEncoder
+
+
+class Ends:
+    """What ends an answer by a template, found by trying it.
+
+    Attributes:
+        token: what ends the last answer of a conversation; None if nothing does.
+        example: an answer, with what ends it; `written`: of that, what the template wrote.
+        how: "template", "header" (the token that the next one begins with) or "tokenizer".
+        control: the tokenizer's added tokens, but for spaces.
+    """
+
+    def __init__(self, answers: Answers, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.stops, self.spaces = tokenizer, _stops(tokenizer), {}
+        added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
+        self.control = {number for number, token in added if not token.content.isspace()}
+        self.how, self.token, self.example, self.written = "tokenizer", tokenizer.eos_token_id, "", ""
+        for messages in answers.forms.plain():
+            try:
+                found = answers.find(Conversation(messages))
+            except BadRow:
+                continue
+            self._learn(next(TextEncoder(tokenizer).places([found.text])), found.spans)
+            return
+
+    def _learn(self, places: Places, spans: list[tuple[int, int]]) -> None:
+        """See what ends the answers of a conversation."""
+        bounds = [self._trimmed(places, *span) for span in spans]
+        for _, last in bounds:
+            if (ended := int(places.ids[last - 1])) in self.control:
+                self.stops.add(ended)
+            elif last < len(places.ids) and (after := int(places.ids[last])) in self.control:
+                self.how, self.token = "header", after
+        last = bounds[-1][1]
+        if self.how != "header" and int(places.ids[last - 1]) in self.control:
+            self.how, self.token = "template", int(places.ids[last - 1])
+        self.example = self.written = places.text[slice(*spans[0])].rstrip()
+        if self.how != "template" and self.token is not None:
+            self.example += self.tokenizer.decode([self.token])
+
+    def mask(self, places: Places, spans: list[tuple[int, int]]) -> tuple[np.ndarray, list[int]]:
+        """(bool [tokens], which have loss; tokens to add at the end, which have loss, too).
+
+        Raises:
+            ValueError: if it can't be told where a span begins or ends.
+        """
+        ids, mask, added = places.ids, np.zeros(len(places.ids), dtype=bool), []
+        for begin, end in spans:
+            first, last = self._trimmed(places, begin, end)
+            ended = int(ids[last - 1]) if last > first else None
+            open_end = ended not in self.control or self.how == "header"
+            if ended not in self.stops and last < len(ids):
+                after = int(ids[last])
+                last += after in self.control and (open_end or after in self.stops)
+            elif ended not in self.stops and open_end and self.token is not None:
+                added = [self.token]
+            mask[first:last] = True
+        return mask, added
+
+    def _trimmed(self, places: Places, begin: int, end: int) -> tuple[int, int]:
+        """The tokens of an answer: to the token that ends it, if one does, without spaces after it."""
+        first, last = places.tokens(begin, end, self.control)
+        stop = last
+        while stop > first and int(places.ids[stop - 1]) not in self.control and self._is_space(places.ids[stop - 1]):
+            stop -= 1
+        return first, stop if stop > first and int(places.ids[stop - 1]) in self.control else last
+
+    def _is_space(self, token: int) -> bool:
+        token = int(token)
+        if token not in self.spaces:
+            self.spaces[token] = self.tokenizer.decode([token]).isspace()
+        return self.spaces[token]
+
+
+def _stops(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a model's generation ends at, by its folder."""
+    try:
+        known = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    except Exception:  # there is none, or it can't be read: other checks say so
+        known = None
+    found = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}
+    return found - {None}

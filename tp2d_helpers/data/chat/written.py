@@ -1,0 +1,174 @@
+"""Is all that a row says in what the template wrote?
+
+Each value is looked for in the part of the text that belongs to its message, and what is found is taken out of it, so
+that one word doesn't stand for two. What may be missing by the template's own design is counted: thoughts of earlier
+answers, and fields that only link a call with its result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from tp2d_helpers.data.bad_rows import BadRow
+from tp2d_helpers.data.chat.template import ChatTemplate, Rendered
+from tp2d_helpers.data.chats import THOUGHTS, Conversation
+
+CLOSED = re.compile(r"</think>|\[/THINK\]|</thought>|<\|END_THINKING\|>|</seed:think>|<channel\|>")
+OPENED = re.compile(r"<think>|\[THINK\]|<thought>|<\|START_THINKING\|>|<seed:think>|<\|channel>thought")
+EARLIER = "thoughts of earlier answers, which the template leaves out"
+
+
+def check_written(
+    conversation: Conversation, messages: list[dict[str, Any]], found: Rendered, template: ChatTemplate
+) -> Counter:
+    """What isn't in the text although the row says it, as a count for each kind.
+
+    Args:
+        messages: the conversation's, as the template was given them.
+
+    Raises:
+        BadRow: if something is missing that is to be learnt, or that an answer is an answer to.
+    """
+    notes, last = Counter(), max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    others = _Rest(_texts(found, lambda n: n < 0 or messages[n]["role"] != "assistant"))
+    for number, message in enumerate(messages):
+        own = _Rest(_texts(found, lambda n, number=number: n == number))
+        rests = [own] if message["role"] == "assistant" else [own, others]
+        for field, value in _said(message):
+            if any(rest.take(value) for rest in rests):
+                continue
+            name = f"message {number + 1} ({message['role']}), {field}"
+            if field == "thought" and number < last and _takes_thoughts(message, template):
+                notes[EARLIER] += 1
+            elif field.startswith("field "):
+                notes[f"fields that the template doesn't write: {field[6:]}"] += 1
+            else:
+                raise BadRow("not_written", f"{name}: the chat template leaves it out: {_short(value)}")
+    for tool in conversation.tools:
+        for field, value in _described(tool):
+            if not others.has(value):
+                raise BadRow("not_written", f"tools, {field}: the chat template leaves it out: {_short(value)}")
+    for value in _leaves(conversation.documents):
+        if not others.has(value):
+            raise BadRow("not_written", f"documents: the chat template leaves it out: {_short(value)}")
+    return notes
+
+
+def _texts(found: Rendered, chosen: Any) -> str:
+    """The pieces of the text whose message is one of those, a NUL between them."""
+    covered, texts = 0, []
+    for begin, end, number in found.pieces:
+        if covered < begin and chosen(-1):
+            texts.append(found.text[covered:begin])
+        if chosen(number):
+            texts.append(found.text[begin:end])
+        covered = end
+    return "\0".join(texts)
+
+
+class _Rest:
+    """A text, of which what was found is taken out."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def has(self, value: Any) -> bool:
+        """Whether a value is in it, in one of the forms that templates write."""
+        return any(form in self.text for form in _forms(value))
+
+    def take(self, value: Any) -> bool:
+        """The same; once."""
+        for form in _forms(value):
+            if (place := self.text.find(form)) >= 0:
+                self.text = f"{self.text[:place]}\0{self.text[place + len(form) :]}"
+                return True
+        return False
+
+
+def _forms(value: Any) -> Iterator[str]:
+    """How a template may have written a value: as it is, trimmed, as JSON, as Python."""
+    if not isinstance(value, str):
+        yield from (json.dumps(value), str(value))
+        return
+    for text in (value, value.strip()):
+        yield text
+        yield json.dumps(text, ensure_ascii=False)[1:-1]
+        yield json.dumps(text)[1:-1]
+        yield repr(text)[1:-1]
+
+
+def _said(message: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(field, value) of all that a message says, the longest first."""
+    found: list[tuple[str, Any]] = []
+    for field, value in message.items():
+        if field == "content":
+            text = "".join(part["text"] for part in value) if isinstance(value, list) else value or ""
+            closed = list(CLOSED.finditer(text)) if message["role"] == "assistant" else []
+            if closed:  # templates write a thought and an answer apart, whatever is between them
+                thought = OPENED.split(text[: closed[-1].start()])
+                found += [("thought", part) for part in thought if part.strip()]
+            found.append(("content", text[closed[-1].end() :] if closed else text))
+        elif field in THOUGHTS and isinstance(value, str):
+            found.append(("thought", value))
+        elif field == "tool_calls":
+            for call in value:
+                arguments = call["function"]["arguments"]
+                found.append(("a call's name", call["function"]["name"]))
+                found += [("a call's arguments", leaf) for leaf in _leaves(_object(arguments))]
+                found += [(f"field {name}", call[name]) for name in call if name not in ("type", "function")]
+        elif field != "role":
+            found += [(f"field {field}", leaf) for leaf in _leaves(value)]
+    return sorted(found, key=lambda pair: -len(str(pair[1])))
+
+
+def _object(arguments: Any) -> Any:
+    if isinstance(arguments, str):
+        try:
+            return json.loads(arguments)
+        except ValueError:
+            return arguments
+    return arguments
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The names and values in a structure."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield name
+            yield from _leaves(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _described(tool: Any) -> Iterator[tuple[str, Any]]:
+    """(field, value) of what a tool's description must have: what it is called, what it does, and what it takes."""
+    if not isinstance(tool, dict):
+        raise BadRow("not_a_chat", f"tools: a tool must be an object with a name, and is {_short(tool)}")
+    function = tool["function"] if isinstance(tool.get("function"), dict) else tool
+    if not function.get("name"):
+        raise BadRow("not_a_chat", f"tools: a tool must have a name, and is {_short(tool)}")
+    yield from ((name, function[name]) for name in ("name", "description") if function.get(name))
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    for name, schema in (properties or {}).items() if isinstance(properties, dict) else ():
+        yield f"a parameter of {function['name']}", name
+        if isinstance(schema, dict) and schema.get("description"):
+            yield f"parameter {name} of {function['name']}", schema["description"]
+
+
+def _takes_thoughts(message: dict[str, Any], template: ChatTemplate) -> bool:
+    """Whether the template has a place for thoughts as this message has them."""
+    fields = [name for name in THOUGHTS if message.get(name)]
+    return any(name in template.names for name in fields) if fields else bool(CLOSED.search(template.everything))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
