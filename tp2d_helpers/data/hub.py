@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub import HfApi, metadata_load, snapshot_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub import HfApi, constants, metadata_load, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tp2d_helpers.config import ConfigError
@@ -25,6 +26,7 @@ DEFAULT_CONFIGS = {"wikitext": "wikitext-2-raw-v1", "Salesforce/wikitext": "wiki
 PATIENCE = 5  # seconds to wait for the hub's word on a commit
 # Of a builder's settings, those that say which files, and what they are called; any other changes how they are read.
 WHICH = {"name", "version", "description", "data_dir", "data_files", "features"}
+SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(.*)")
 Splits = dict[str, list[Path]]
 
 
@@ -36,7 +38,7 @@ def hub_dataset(dataset_name: str, dataset_config: str = "") -> tuple[str, str |
 
 def is_offline() -> bool:
     """Whether the hub isn't to be asked, by HF_HUB_OFFLINE or HF_DATASETS_OFFLINE."""
-    return bool(HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE)
+    return bool(constants.HF_HUB_OFFLINE or datasets.config.HF_DATASETS_OFFLINE)
 
 
 def commit_of(dataset_name: str, dataset_config: str = "") -> str | None:
@@ -143,9 +145,19 @@ def _find(folder: Path, hub_id: str, config: str | None, split: str) -> Splits |
     if not every or not _is_plain(found, every):
         return None
     wanted = [f for files in options.get("data_files", {}).values() for f in files]
-    if not _snapshot(hub_id, wanted or sorted({f"*{Path(path).suffix}" for path in every})):
+    patterns = [str(Path(options.get("data_dir", "")) / pattern) for pattern in wanted]
+    some_shards = any("-of-" in pattern for pattern in wanted)  # are asked for by name
+    if not _snapshot(hub_id, patterns or sorted({f"*{Path(path).suffix}" for path in every})):
+        raise _incomplete(name, hub_id)
+    if not some_shards and not _has_all_shards(every):
         raise _incomplete(name, hub_id)
     return files
+
+
+def _has_all_shards(files: list[str]) -> bool:
+    """Whether there are as many files as their names say: "train-00001-of-00004.parquet"."""
+    counts = Counter(match.groups() for file in files if (match := SHARD.fullmatch(file)))
+    return all(count == int(total) for (_, total, _), count in counts.items())
 
 
 def _incomplete(name: str, hub_id: str) -> ConfigError:

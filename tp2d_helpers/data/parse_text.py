@@ -89,7 +89,10 @@ def read_json(path: Path, wanted: Wanted) -> Iterator[Row]:
             rows = _json_lines(itertools.chain(read, lines))
         else:
             whole = json.loads(b"".join([*first, lines.read()]).decode()) if first else []
-            rows = enumerate(map(_as_row(wanted), whole if isinstance(whole, list) else [whole]), 1)
+            whole = whole if isinstance(whole, list) else [whole]
+            column = (wanted.columns or ("text",))[0]
+            whole = [{column: row} if isinstance(row, str) else _as_row(row) for row in whole]
+            rows = enumerate(whole, 1)
         yield from _with_columns(rows, wanted, path)
 
 
@@ -164,7 +167,7 @@ def _json_lines(lines: Iterator[bytes]) -> Iterator[Row]:
 
 def _parse(text: str) -> dict[str, Any] | BadRow:
     try:
-        return _as_row()(json.loads(text))
+        return _as_row(json.loads(text))
     except json.JSONDecodeError as error:
         return _no_object(text, f"{error.msg} at character {error.pos + 1}")
     except (ValueError, RecursionError) as error:  # for a number of thousands of digits, for one
@@ -175,19 +178,11 @@ def _no_object(line: str | bytes, why: str) -> BadRow:
     return BadRow("unreadable", f"{line[:60]!r} is no JSON object, as each line must be: {why}")
 
 
-def _as_row(wanted: Wanted | None = None) -> Callable[[Any], dict[str, Any] | BadRow]:
-    """What is read → a row. In an array, a string is the text of one."""
-
-    def convert(row: Any) -> dict[str, Any] | BadRow:
-        """One of them."""
-        if isinstance(row, str) and wanted:
-            return {(wanted.columns or ("text",))[0]: row}
-        if not isinstance(row, dict):
-            kind = f"{type(row).__name__} ({str(row)[:60]!r})"
-            return BadRow("unreadable", f"a row must be an object with a field for each column, and is {kind}")
+def _as_row(row: Any) -> dict[str, Any] | BadRow:
+    if isinstance(row, dict):
         return row
-
-    return convert
+    kind = f"{type(row).__name__} ({str(row)[:60]!r})"
+    return BadRow("unreadable", f"a row must be an object with a field for each column, and is {kind}")
 
 
 def _is_object(line: bytes) -> bool:

@@ -53,7 +53,7 @@ def read_rows(files: list[str], text_column: str, how: str, stamps: list[list[An
     for path in map(Path, files):
         where, some = _places(path), False
         for number, row in _read(path, Wanted((text_column,), text_files=how)):
-            value = row if isinstance(row, BadRow) else row.get(text_column)
+            value = row.get(text_column) if isinstance(row, dict) else row
             if value is None or isinstance(value, (str, pyarrow.Array)):
                 some = some or value is not None
                 yield value, where(number), None
@@ -131,13 +131,14 @@ def _read(path: Path, wanted: Wanted) -> Iterator[Row]:
         if is_lfs_pointer(path):
             raise ValueError("a Git LFS pointer and not the file itself: run `git lfs pull`")
         for number, row in READERS[format_of(path)](path, wanted):
-            if isinstance(row, BadRow) and not good:
+            if not good and isinstance(row, BadRow):
                 bad.append((number, row))
                 if len(bad) == HOPELESS:
                     break
                 continue
-            yield from bad
-            bad.clear()
+            if bad:
+                yield from bad
+                bad.clear()
             yield number, row
             good += 1
         if bad:

@@ -75,9 +75,13 @@ def to_table(lines: list[Line], name: str, places: bool = True) -> pyarrow.Table
         bad = half_character(line[0] or "")
         return (None, line[1], bad.line) if bad else line
 
-    kept = lines if places else [(value, where if bad else None, bad) for value, where, bad in lines]
+    values, where, bad = zip(*lines, strict=True)
+    if not places:
+        where = (
+            [place if why else None for place, why in zip(where, bad, strict=True)] if any(bad) else [None] * len(bad)
+        )
     try:
-        columns = [pyarrow.array(column, pyarrow.large_string()) for column in zip(*kept, strict=True)]
+        columns = [pyarrow.array(column, pyarrow.large_string()) for column in (values, where, bad)]
     except UnicodeEncodeError:
         return to_table([checked(line) for line in lines], name, places)
     return pyarrow.table(columns, schema=_schema(name))
