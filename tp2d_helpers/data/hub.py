@@ -185,11 +185,10 @@ def _declared(folder: Path, hub_id: str, config: str | None) -> dict[str, Any] |
 
 def _by_split(data_files: Any) -> dict[str, list[str]]:
     """The patterns of each split, in any of the ways in which a README may have them."""
-    if isinstance(data_files, list) and any(isinstance(one, dict) for one in data_files):
-        data_files = {one["split"]: one["path"] for one in data_files}
-    if not isinstance(data_files, dict):
-        data_files = {"train": data_files}
-    return {str(split): [files] if isinstance(files, str) else files for split, files in data_files.items()}
+    if not (isinstance(data_files, list) and all(isinstance(one, dict) for one in data_files)):
+        data_files = [{"split": "train", "path": data_files}]
+    paths = {str(one["split"]): one["path"] for one in data_files}
+    return {split: [path] if isinstance(path, str) else path for split, path in paths.items()}
 
 
 def _is_plain(config: datasets.BuilderConfig, files: list[str]) -> bool:

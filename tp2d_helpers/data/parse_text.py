@@ -175,7 +175,7 @@ def _parse(text: str) -> dict[str, Any] | BadRow:
 
 
 def _no_object(line: str | bytes, why: str) -> BadRow:
-    return BadRow("unreadable", f"{line[:60]!r} is no JSON object, as each line must be: {why}")
+    return BadRow("unreadable", f"{line[:60].strip()!r} is no JSON object, as each line must be: {why}")
 
 
 def _as_row(row: Any) -> dict[str, Any] | BadRow:

@@ -162,10 +162,11 @@ def _load_splits(
     names = {part.splitname for part in wanted.to_absolute(dict.fromkeys(splits, 100))}
     rows = {name: _load_files(splits[name], text_column, text_files) for name in splits if name in names}
     sizes = {name: len(rows.get(name, ())) for name in splits}
-    parts = [rows[part.splitname].select(range(part.from_, part.to)) for part in wanted.to_absolute(sizes)]
+    found = ((rows[part.splitname], range(part.from_, part.to)) for part in wanted.to_absolute(sizes))
+    parts = [of.select(numbers) for of, numbers in found if numbers]
     if len({tuple(part.column_names) for part in parts}) > 1:
         raise ConfigError(f"dataset_name = {dataset_name!r}: some of its splits are chats, and some are text")
-    if not any(map(len, parts)):
+    if not parts:
         raise ConfigError(f"dataset_name = {dataset_name!r}: no rows; the splits have {sizes}")
     return datasets.concatenate_datasets(parts) if parts[1:] else parts[0]
 
@@ -193,6 +194,8 @@ def _bytes_of(files: list[Path], columns: tuple[str, ...], rows: list[dict[str, 
             return sum(map(length, value))
         return 8 + len(value) if isinstance(value, str) else 8
 
-    chosen = ({name: row[name] for name in columns if name in row} for row in rows)
-    share = sum(map(length, chosen)) / sum(map(length, rows)) if rows else 1.0
+    chosen, every = (sum(map(length, found)) for found in (
+        ({name: row[name] for name in columns if name in row} for row in rows), rows
+    ))  # fmt: skip
+    share = chosen / every if every else 1.0
     return share * sum(file.stat().st_size for file in files)
