@@ -167,7 +167,7 @@ def test_json_over_several_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name, content, why", [
     ("a.jsonl", b"\n".join([b"nothing"] * 300) + b"\n" + GOOD.encode(), "line 1 of .*a.jsonl: 'nothing' is no JSON"),
-    ("a.jsonl", json.dumps([{"text": "a"}], indent=1).encode(), r"'\[\\n' is no JSON object, as each line must be"),
+    ("a.jsonl", json.dumps([{"text": "a"}], indent=1).encode(), r"'\[' is no JSON object, as each line must be"),
     ("a.jsonl", GOOD.encode("utf-16"), "is no JSON object, as each line must be: 'utf-8' codec"),
     ("a.jsonl.gz", gzip.compress((GOOD + "\n").encode() * 9)[:-9], r"after 9 rows \(EOFError|after 0 rows \(EOFError"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),

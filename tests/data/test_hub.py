@@ -159,6 +159,12 @@ def test_ways_to_read_that_a_readme_asks_for(put: Put, monkeypatch: pytest.Monke
     assert asked == ["org/sep", "org/xml", "org/readme", "org/none"]
 
 
+def test_datasets_reads_the_hub_s_cache_too(put: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    put({"README.md": readme(config("x", "    a.csv\n", "  sep: ';'\n")), "a.csv": "text;n\na;1\nb;2\n"})
+    assert load_text("org/name:train[1:]")["text"] == ["b"]
+
+
 def test_values_of_files_whose_types_differ(put: Put) -> None:
     """In `datasets` the first file's type wins: 2, 3 and 4 would be True."""
     chat = [{"role": "user", "content": "n?"}, {"role": "assistant", "content": "n"}]

@@ -78,15 +78,15 @@ def test_failed_build_leaves_nothing_behind(cache: Path, tokenizer: str, source:
 # Special tokens.
 
 
-def test_what_a_tokenizer_adds_is_left_out(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
-    """Llama's, for one, begins every text with a token that a document in the middle of a sample must not have."""
+def test_what_a_tokenizer_adds_to_a_document(cache: Path, tokenizer: str, source: str, tmp_path: Path) -> None:
+    """Llama's and Gemma's, for two, begin every text with a token, and the models have never seen one without."""
     adding = load_tokenizer(tokenizer)
     special = [(END_OF_TEXT, adding.eos_token_id)]
     adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=special)
     adding.save_pretrained(tmp_path / "adding")
     assert load_tokenizer(str(tmp_path / "adding"))("yield")["input_ids"][0] == adding.eos_token_id
     folder = prepare_tokens(str(tmp_path / "adding"), source)
-    assert read(tokenizer, folder) == [document + END_OF_TEXT for document in DOCUMENTS]
+    assert read(tokenizer, folder) == [END_OF_TEXT + document + END_OF_TEXT for document in DOCUMENTS]
 
 
 @pytest.mark.parametrize("token", ["eos_token", "pad_token"])
@@ -141,7 +141,7 @@ def test_a_tokenizer_that_does_not_say_where_tokens_begin(
     monkeypatch.setattr(type(slow), "__call__", lambda self, text, **k: given.append(text) or call(self, text, **k))
     text = load_text(str(write(tmp_path / "documents.jsonl", ["a line of 16 ch\n" * 5 + "x" * 50])))
     text_to_tokens.tokenize(text, slow, tmp_path, progress=False)
-    assert given == ["a line of 16 ch\n"] * 5 + ["x" * 30, "x" * 20]
+    assert given[2:] == ["a line of 16 ch\n"] * 5 + ["x" * 30, "x" * 20]
 
 
 @pytest.mark.parametrize("documents, size", [(3000, 100), (30, 10_000), (1, 300_000)])

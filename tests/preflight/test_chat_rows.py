@@ -33,7 +33,8 @@ def run(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.M
     with open(tmp_path / "chats.jsonl", "a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "Anyone?"}]}) + "\n")
     settings = dict(model_name=str(tiny_model("llama")), dataset_name=str(tmp_path / "chats.jsonl"), use_gpu=False,
-                    tp_size=1, dp_size=1, seq_length=32, chat_template=str(tmp_path / "own.jinja"))  # fmt: skip
+                    tp_size=1, dp_size=1, seq_length=32, chat_template=str(tmp_path / "own.jinja"),
+                    leave_out_rows="no_answer")  # fmt: skip
     return lambda **more: make_config(**{**settings, **more})
 
 
@@ -45,16 +46,17 @@ def checked(config: Config) -> tuple[str, str]:
 def test_what_is_said(run: Callable[..., Config]) -> None:
     found, chosen = checked(run(packing=False))
     assert found.startswith("messages: 6 examples, 21 turns, ") and "of the tokens with loss" in found
-    assert "left out, without an answer: 1 of 7, longer than 32 tokens: 3, " in found
+    assert "longer than 32 tokens: 3, " in found
     assert found.endswith("6 padded samples of 32")
     assert chosen == (
-        "6 steps per epoch, 1 samples each; loss on the assistant's turns with their stop tokens; "
-        "longer examples are cut there"
+        "6 steps per epoch, 1 samples each; loss on the assistant's turns, which end in '<|endoftext|>' (added to the "
+        "last, as the chat template ends it by no token): 'b<|endoftext|>'; longer examples are cut there; "
+        f"left out as no_answer: 1 (line 8 of {run().dataset_name}: no turn of an assistant is to be learnt)"
     )
     _, chosen = checked(run(packing=False, seq_length=13))
-    assert chosen.endswith("longer examples are cut there (3 left out, as no answer begins before)")
+    assert chosen.count("; longer examples are cut there (3 left out, as no answer begins before); left out")
     _, chosen = checked(run(packing=True))
-    assert chosen.endswith("longer examples go on in the next sample")
+    assert "; longer examples go on in the next sample; left out" in chosen
     found, chosen = checked(run(packing=False, loss_on="all", seq_length=256))
     assert "100.0% of the tokens with loss" in found and chosen.endswith("; loss on all tokens, of all turns")
     assert "longer" not in found and "7 examples" in found  # a question, too, has something to learn

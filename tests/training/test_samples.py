@@ -164,7 +164,7 @@ def test_of_chats_a_prompt_is_a_users_turn(tiny_model: Callable[[str], Path], tm
     )
     settings = settings_for(model, sample_prompts="A loop", chat_template=str(template))
     assert load_tokenizer(model).decode(encode_prompts(settings, chats=True)["A loop"]) == "Q:A loop A:"
-    with pytest.raises(ConfigError, match="sample_prompts: the chat template refuses 'no': Not so"):
+    with pytest.raises(ConfigError, match="sample_prompts: 'no': the chat template refuses it: Not so"):
         encode_prompts(settings | {"sample_prompts": "no"}, chats=True)
 
 

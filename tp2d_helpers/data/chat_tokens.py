@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import numpy as np
 import transformers
 
@@ -68,8 +69,8 @@ class ChatEncoder:
         try:
             self.answers = Answers(self.template)
             self.ends = Ends(self.answers, tokenizer)
-        except (BadRow, ValueError) as error:
-            raise ConfigError(f"chat_template: {error}") from error
+        except (jinja2.TemplateError, ValueError) as error:
+            raise ConfigError(f"chat_template: the tokenizer's chat template can't be used: {error}") from error
         written = dict.fromkeys(found[0] for found in CONTROL.finditer(self.template.everything))
         known = {tokenizer.decode([token]) for token in self.ends.control}
         self.absent = [name for name in written if name not in known]  # and so it is several tokens
@@ -83,7 +84,8 @@ class ChatEncoder:
     def facts(self) -> dict[str, Any]:
         """What is to be said of it: the format, what has loss, how answers end, the control tokens that are missing."""
         date = self.template.day.date().isoformat() if writes_date(self.text.tokenizer) else ""
-        ends = {"ends": self.ends.how, "example": self.ends.example, "absent": self.absent}
+        stop = self.text.tokenizer.decode([self.ends.token]) if self.ends.token is not None else ""
+        ends = {"ends": self.ends.how, "stop": stop, "example": self.ends.example[-40:], "absent": self.absent}
         return {"format": self.form, "loss_on": self.loss_on, "date": date, **ends}
 
     def cuts(self, chat: Text, size: int) -> Iterator[int]:

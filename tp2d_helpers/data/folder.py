@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Part:
     digests: np.ndarray  # uint64 [documents that end here], by which copies are told
     mask: np.ndarray  # uint8 [tokens] of chats, 1 where there is loss; of text [0]
     turns: np.ndarray  # int64 [1], the messages of chats
-    remarks: np.ndarray  # str [1], what is to be said of the rows (`Remarks`), as JSON
+    remarks: np.ndarray = field(default_factory=lambda: np.array([Remarks().to_json()]))  # str [1], of the rows
 
     def save(self, path: Path) -> None:
         """Write it to a file, which appears at once, when it is complete."""

@@ -33,7 +33,7 @@ Splits = dict[str, list[Path]]
 def hub_dataset(dataset_name: str, dataset_config: str = "") -> tuple[str, str | None, str]:
     """(id, config, split) of a hub dataset; what is not said as it is by default."""
     hub_id, _, split = dataset_name.partition(":")
-    return hub_id, dataset_config or DEFAULT_CONFIGS.get(hub_id), split.strip() or "train"
+    return hub_id, dataset_config or DEFAULT_CONFIGS.get(hub_id), "".join(split.split()) or "train"
 
 
 def is_offline() -> bool:
@@ -47,7 +47,7 @@ def commit_of(dataset_name: str, dataset_config: str = "") -> str | None:
     if not is_offline():
         with contextlib.suppress(Exception):  # of several libraries, for whatever the network does
             return HfApi().dataset_info(hub_id, timeout=PATIENCE).sha
-    if folder := _snapshot(hub_id):
+    if folder := snapshot(hub_id):
         return folder.name
     if is_offline():
         with contextlib.suppress(Exception):
@@ -70,9 +70,9 @@ def hub_files(dataset_name: str, dataset_config: str = "") -> Splits | None:
         try:
             return _fetch(hub_id, config)
         except Exception:
-            if not (folder := _snapshot(hub_id)):
+            if not (folder := snapshot(hub_id)):
                 raise
-    elif not (folder := _snapshot(hub_id)):
+    elif not (folder := snapshot(hub_id)):
         return None
     return _find(folder, hub_id, config, split)
 
@@ -111,7 +111,7 @@ def _fetch(hub_id: str, config: str | None) -> Splits | None:
     return {str(split): [folder / url.removeprefix(prefix) for url in files] for split, files in found.items()}
 
 
-def _snapshot(hub_id: str, patterns: list[str] | None = None) -> Path | None:
+def snapshot(hub_id: str, patterns: list[str] | None = None) -> Path | None:
     """The folder of a dataset in the hub's cache, whole or not; with patterns, only if it has all such files."""
     try:
         return Path(snapshot_download(hub_id, repo_type="dataset", local_files_only=True, allow_patterns=patterns))
@@ -147,7 +147,7 @@ def _find(folder: Path, hub_id: str, config: str | None, split: str) -> Splits |
     wanted = [f for files in options.get("data_files", {}).values() for f in files]
     patterns = [str(Path(options.get("data_dir", "")) / pattern) for pattern in wanted]
     some_shards = any("-of-" in pattern for pattern in wanted)  # are asked for by name
-    if not _snapshot(hub_id, patterns or sorted({f"*{Path(path).suffix}" for path in every})):
+    if not snapshot(hub_id, patterns or sorted({f"*{Path(path).suffix}" for path in every})):
         raise _incomplete(name, hub_id)
     if not some_shards and not _has_all_shards(every):
         raise _incomplete(name, hub_id)

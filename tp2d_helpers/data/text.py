@@ -16,7 +16,7 @@ from tp2d_helpers.cache.space import free_bytes, size
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.data.chats import FORMATS
 from tp2d_helpers.data.files import is_local, local_files, paths_of, stamp
-from tp2d_helpers.data.hub import commit_of, hub_dataset, hub_files, rows_of
+from tp2d_helpers.data.hub import commit_of, hub_dataset, hub_files, rows_of, snapshot
 from tp2d_helpers.data.parse_arrow import printable, table_rows
 from tp2d_helpers.data.parse_text import Wanted, no_column
 from tp2d_helpers.data.readers import PEEK, chat_line, peek, read_chats, read_rows
@@ -148,10 +148,17 @@ def _chats(rows: datasets.Dataset, text_column: str, dataset_name: str) -> datas
 
 
 def _load_from_hub(dataset_name: str, dataset_config: str, text_files: str) -> datasets.Dataset:
-    hub_id, name, split = hub_dataset(dataset_name, dataset_config)
-    builder = datasets.load_dataset_builder(hub_id, name)
+    """What `datasets` makes of a dataset of the hub, or of what the hub's cache has of it."""
+    source, name, split = hub_dataset(dataset_name, dataset_config)
+    try:
+        builder = datasets.load_dataset_builder(source, name)
+    except Exception:
+        if not (folder := snapshot(source)):
+            raise
+        source = str(folder)
+        builder = datasets.load_dataset_builder(source, name)
     by_row = {"sample_by": text_files} if hasattr(builder.config, "sample_by") else {}  # a dataset of .txt files
-    return datasets.load_dataset(hub_id, name, split=split, **by_row)
+    return datasets.load_dataset(source, name, split=split, **by_row)
 
 
 def _load_splits(

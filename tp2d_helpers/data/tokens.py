@@ -55,8 +55,8 @@ def prepare_tokens(
     """Tokenise a dataset into the cache, once per node, and return the folder, which `folder` describes.
 
     It is told by what it is made of: the contents of the tokenizer and its templates, the dataset's files or commit,
-    the versions of what tokenises, and the date, if the template writes it. Before one is made, the cache is rid of
-    what nobody will use again (`clear_cache`).
+    the versions of what tokenises, and the date, if the template writes it. Before a new one is made, the cache is
+    rid of what nobody will use again (`clear_cache`).
 
     Args:
         chat_template, chat_date, loss_on: for chats; see `load_tokenizer` and `ChatEncoder`.
@@ -91,6 +91,8 @@ def prepare_tokens(
     folder = build_once(target, build)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     Remarks.from_json(meta["remarks"]).check(dataset_name, meta["rows"], leave_out_rows)
+    if not meta["documents"]:
+        raise ConfigError(f"leave_out_rows = {leave_out_rows!r}: none of the {meta['rows']:,} rows is left to train on")
     return folder
 
 
@@ -137,8 +139,7 @@ def tokenize(
         for part, made in run(job, tick) if by_parts else _here(job, tick):
             writer.add(part)
             found[made] += 1
-        if not writer.digests:
-            writer.remarks.check(column, len(text), leave_out="")
+        if not (writer.digests or writer.remarks.bad):
             raise ConfigError(f"dataset_name: no text in the {len(text)} rows of column {column!r}")
         writer.finish(len(text), pad if pad is not None else end, **encoder.facts())
     if progress and (seconds := time.monotonic() - begun) > LONG:

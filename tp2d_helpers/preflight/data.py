@@ -6,6 +6,7 @@ import itertools
 
 from tp2d_helpers.cache.clear import UNUSED_DAYS, clear_cache
 from tp2d_helpers.config import Config, ConfigError
+from tp2d_helpers.data.bad_rows import Remarks
 from tp2d_helpers.data.dataloader import GlobalBatchSampler
 from tp2d_helpers.data.dataset import TokenDataset, load_samples
 from tp2d_helpers.data.files import local_files
@@ -52,9 +53,10 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, TokenDataset, st
     found = [str(files)] if files else []
     chats, loss = describe_chats(data)
     samples = data.samples if data.other else len(data)
+    left_out = describe_left_out(data)
     found += chats or ([f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else [])
     found += [f"{len(data.tokens):,} tokens", f"{samples:,} {kind} samples of {config.seq_length}"]
-    chosen = [f"{steps} steps per epoch, {size} samples each", *apart, *loss]
+    chosen = [f"{steps} steps per epoch, {size} samples each", *apart, *loss, *left_out]
     chosen += describe_held_out(config, data)
     if prompts:
         count = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}"
@@ -107,21 +109,41 @@ def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
     return [f"{config.eval_samples} samples held out, of {data.held_out} documents"] if config.eval_samples else []
 
 
+def describe_left_out(data: TokenDataset) -> list[str]:
+    """What of the rows is not trained on, for preflight's table: rows that the user left out, what templates drop."""
+    remarks = Remarks.from_json(data.meta["remarks"])
+    found = [f"left out as {kind}: {bad['count']:,} ({'; '.join(bad['first'])})" for kind, bad in remarks.bad.items()]
+    return found + [f"not trained on: {what} ({count:,})" for what, count in remarks.notes.items()]
+
+
+def describe_text(data: TokenDataset) -> list[str]:
+    """What documents begin and end with, for preflight's table."""
+    begin, end = data.meta["begin"], data.meta["end"]
+    return [f"documents begin with {begin!r} and end in {end!r}, as the tokenizer has it" if begin else
+            f"documents end in {end!r}"]  # fmt: skip
+
+
 def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
-    """(what was found in chats, what becomes of them) for preflight's table; nothing of plain text."""
+    """(what was found in chats, what becomes of them) for preflight's table."""
     if data.mask is None:
-        return [], []
-    meta, kept, length = data.meta, data.meta["documents"], data.seq_length
-    found = [f"{meta['format']}: {kept:,} examples, {meta['turns']:,} turns",
+        return [], describe_text(data)
+    meta, length = data.meta, data.seq_length
+    found = [f"{meta['format']}: {meta['documents']:,} examples, {meta['turns']:,} turns",
              f"{meta['with_loss'] / meta['tokens']:.1%} of the tokens with loss"]  # fmt: skip
-    if meta["rows"] > kept:
-        found.append(f"left out, without an answer: {meta['rows'] - kept:,} of {meta['rows']:,}")
     if data.too_long:
         found.append(f"longer than {length} tokens: {data.too_long:,}")
-    chosen = {
-        "assistant": "loss on the assistant's turns with their stop tokens",
-        "all": "loss on all tokens, of all turns",
-    }[meta["loss_on"]]
+    ends = {"template": "by the chat template", "header": "by the next header, as the chat template has no other",
+            "tokenizer": "added to the last, as the chat template ends it by no token"}[meta["ends"]]  # fmt: skip
+    chosen = "loss on all tokens, of all turns"
+    if meta["loss_on"] == "assistant":
+        end, example = meta["stop"], meta["example"]
+        chosen = f"loss on the assistant's turns, which end in {end!r} ({ends}): {example!r}"
+        if not meta["stop"]:
+            chosen = "loss on the assistant's turns, which end in no token: the tokenizer has none"
+    if meta["date"]:
+        chosen += f"; the chat template writes the date, {meta['date']} (chat_date)"
+    if meta["absent"]:
+        chosen += f"; text to this tokenizer, which has no such tokens: {', '.join(meta['absent'])}"
     if data.too_long:
         cut = "go on in the next sample" if data.packing is True else "are cut there"
         left_out = f" ({data.left_out:,} left out, as no answer begins before)" if data.left_out else ""

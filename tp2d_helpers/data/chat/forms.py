@@ -19,8 +19,6 @@ from tp2d_helpers.data.chat.template import ChatTemplate
 from tp2d_helpers.data.chats import THOUGHTS, Conversation
 
 NAME, KEY, VALUE = "lookup", "place", "Kassel"  # of the call that is tried
-TOOL = {"type": "function", "function": {"name": NAME, "description": "Look it up.", "parameters": {
-    "type": "object", "properties": {KEY: {"type": "string", "description": "Where."}}, "required": [KEY]}}}  # fmt: skip
 
 
 class Forms:
