@@ -24,7 +24,9 @@ EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 # What makes a step faster without changing what it computes (the notebook says how, under "Speed").
 OPTIMIZATIONS = ("compile", "block_all_reduce", "peer_copies", "fused_loss", "fused_step", "cuda_graph")
 BAD_ROWS = {  # kinds of rows that can't be trained on as they are
-    "unreadable": "a line that is no JSON object",
+    "unreadable": "a line that is no JSON object, or a value that no text can have (bytes, NaN)",
+    "not_text": "a value that is no text in the column of the text",
+    "ambiguous": "a value that `datasets` wrote so that it can't be told whether it was text or a number",
     "half_character": "half of a surrogate pair, which is no character (a program cut the text in the midst of one)",
     "not_a_chat": "no list of messages with roles and contents",
     "no_answer": "a chat without an assistant's turn to learn",

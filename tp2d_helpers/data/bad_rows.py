@@ -23,6 +23,11 @@ class BadRow(ValueError):
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
         return BadRow, (self.kind, self.reason)
 
+    @property
+    def line(self) -> str:
+        """As `parse` takes it: "kind: reason"."""
+        return f"{self.kind}: {self.reason}".encode(errors="backslashreplace").decode()
+
     @classmethod
     def parse(cls, text: str) -> BadRow:
         """One of "kind: reason"."""

@@ -53,21 +53,6 @@ class Conversation:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def chat_format(rows: list[dict[str, Any]], text_column: str) -> str | None:
-    """Which of `FORMATS` rows have; None if they are text, or have none of its columns. The first that has one decides.
-
-    In a row with both, the column `text_column` comes first, if it holds text.
-    """
-    for row in rows:
-        if isinstance(row.get(text_column), str) and not (
-            text_column in FORMATS and isinstance(_decoded(row[text_column]), list)
-        ):
-            return None
-        if form := next((form for form, columns in FORMATS.items() if set(columns) <= set(row)), None):
-            return form
-    return None
-
-
 def to_json(row: dict[str, Any], form: str, where: str) -> dict[str, str | None]:
     """A row of one of `FORMATS` as {form: JSON of a `Conversation`, "where": where, "bad": None}.
 

@@ -17,11 +17,12 @@ from huggingface_hub import metadata_load
 from tp2d_helpers.config import ConfigError
 
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # these can be compressed, too
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".tsv", ".arrow")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt", ".tsv", ".arrow", ".feather")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 NOT_TRAINED_ON = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}  # other splits' names
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # `datasets` writes them
 GLOB = re.compile(r"[*?[]")
+OF_A_SPLIT = re.compile(r"[\w.-]+(/[\w.-]+)?:[^/,]*")  # "id:split" of a hub dataset, or a part of it: "id:train[:10%]"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -69,9 +70,18 @@ def _parts(dataset_name: str) -> list[str]:
     """The paths and globs in the name of a local dataset; none in that of any other."""
     if dataset_name in ("", "demo"):
         return []
+    if Path(dataset_name).expanduser().exists():
+        return [dataset_name]
+    if OF_A_SPLIT.fullmatch(dataset_name) and not _there(Path(dataset_name)):
+        return []
     parts = [part.strip() for part in _between_commas(dataset_name) if part.strip()]
     local = len(parts) > 1 or GLOB.search(dataset_name) or dataset_name.startswith((".", "/", "~"))
-    return [dataset_name] if Path(dataset_name).expanduser().exists() else parts if local else []
+    return parts if local else []
+
+
+def is_local(dataset_name: str) -> bool:
+    """Whether it is the name of files or folders, be they there or not."""
+    return bool(_parts(dataset_name))
 
 
 def _between_commas(name: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from tp2d_helpers.data.dataset import TokenDataset
 from tp2d_helpers.data.files import config_of, local_files
-from tp2d_helpers.data.text import hub_dataset
+from tp2d_helpers.data.hub import hub_dataset
 
 
 def same_source(dataset_name: str, eval_dataset_name: str, dataset_config: str = "") -> str:

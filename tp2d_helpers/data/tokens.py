@@ -22,11 +22,10 @@ from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.bad_rows import Remarks
 from tp2d_helpers.data.chat.template import today
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
-from tp2d_helpers.data.files import paths_of, stamp
 from tp2d_helpers.data.folder import Part, TokenWriter
 from tp2d_helpers.data.pool import Job, cores, run
 from tp2d_helpers.data.rows import lengths
-from tp2d_helpers.data.text import is_chats, load_text
+from tp2d_helpers.data.text import is_chats, load_text, source_stamp
 from tp2d_helpers.data.text_tokens import TextEncoder
 from tp2d_helpers.data.tokenizer import fingerprint, load_tokenizer, writes_date
 
@@ -75,7 +74,11 @@ def prepare_tokens(
         platform.python_version(),
     ]  # the demo is Python's
     request = [dataset_name, dataset_config, text_column, dataset_percentage, text_files, loss_on, *versions]
-    request += [fingerprint(tokenizer), chat_date if writes_date(tokenizer) else "", stamp(*paths_of(dataset_name))]
+    request += [
+        fingerprint(tokenizer),
+        chat_date if writes_date(tokenizer) else "",
+        source_stamp(dataset_name, dataset_config),
+    ]
     key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:
