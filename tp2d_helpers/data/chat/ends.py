@@ -68,7 +68,7 @@ class Ends:
             open_end = ended not in self.control or self.how == "header"
             if ended not in self.stops and last < len(ids):
                 after = int(ids[last])
-                last += after in self.control and (open_end or after in self.stops)
+                last += after in self.control and (self.how == "header" or after in self.stops)
             elif ended not in self.stops and open_end and self.token is not None:
                 added = [self.token]
             mask[first:last] = True
