@@ -85,7 +85,7 @@ class Ends:
     def _is_space(self, token: int) -> bool:
         token = int(token)
         if token not in self.spaces:
-            self.spaces[token] = self.tokenizer.decode([token]).isspace()
+            self.spaces[token] = not self.tokenizer.decode([token]).strip()  # metaspaces alone are decoded to nothing
         return self.spaces[token]
 
 
