@@ -24,13 +24,13 @@ class Ends:
         token: what ends the last answer of a conversation; None if nothing does.
         example: an answer, with what ends it; `written`: of that, what the template wrote.
         how: "template", "header" (the token that the next one begins with) or "tokenizer".
-        control: the tokenizer's added tokens, but for spaces.
+        control: the tokenizer's added tokens, but for spaces and the one for what is unknown.
     """
 
     def __init__(self, answers: Answers, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.stops, self.spaces = tokenizer, _stops(tokenizer), {}
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
-        self.control = {number for number, token in added if not token.content.isspace()}
+        self.control = {number for number, token in added if not token.content.isspace()} - {tokenizer.unk_token_id}
         self.how, self.token, self.example, self.written = "tokenizer", tokenizer.eos_token_id, "", ""
         for messages in answers.forms.plain():
             try:
