@@ -22,7 +22,8 @@ import transformers
 
 from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat_tokens import ChatEncoder
-from tp2d_helpers.data.chats import THOUGHTS, to_json
+from tp2d_helpers.data.chats import FORMATS, THOUGHTS, to_json
+from tp2d_helpers.data.folder import Part
 from tp2d_helpers.data.rows import Place
 from tp2d_helpers.demo import demo_documents, train_tokenizer
 
@@ -134,16 +135,21 @@ def pieces(tokenizer: transformers.PreTrainedTokenizerFast, ids: list[int]) -> l
     ]
 
 
-def learn(encoder: ChatEncoder, row: dict[str, Any]) -> Learnt:
-    """The tokens of a row. Raises `BadRow` if it is refused."""
-    form = "messages" if "messages" in row else "prompt + completion"
+def encoded(encoder: ChatEncoder, row: dict[str, Any], form: str = "") -> Part:
+    """What becomes of a row. Raises `BadRow` if it is refused."""
+    form = form or next(form for form in FORMATS if set(FORMATS[form]) <= set(row))
     rows = datasets.Dataset.from_list([to_json(copy.deepcopy(row), form, "line 1")])
     part = encoder.encode(rows, Place(0, 0), Place(1, 0), lambda _: None)
-    remarks = json.loads(str(part.remarks[0]))
-    for kind, found in remarks["bad"].items():
+    for kind, found in json.loads(str(part.remarks[0]))["bad"].items():
         raise BadRow(kind, found["first"][0].removeprefix("line 1: "))
-    ids = part.tokens.tolist()
-    return Learnt(ids, part.mask.astype(bool).tolist(), pieces(encoder.text.tokenizer, ids), Counter(remarks["notes"]))
+    return part
+
+
+def learn(encoder: ChatEncoder, row: dict[str, Any]) -> Learnt:
+    """The tokens of a row by a byte-level tokenizer. Raises `BadRow` if it is refused."""
+    part = encoded(encoder, row)
+    ids, notes = part.tokens.tolist(), json.loads(str(part.remarks[0]))["notes"]
+    return Learnt(ids, part.mask.astype(bool).tolist(), pieces(encoder.text.tokenizer, ids), Counter(notes))
 
 
 def plain(tokenizer: transformers.PreTrainedTokenizerBase, row: dict[str, Any], **options: Any) -> Iterator[Any]:
