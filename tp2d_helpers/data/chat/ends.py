@@ -24,13 +24,14 @@ class Ends:
         token: what ends the last answer of a conversation; None if nothing does.
         written: an answer, as the template writes it.
         how: "template", "header" (the token that the next one begins with) or "tokenizer".
-        control: the tokenizer's added tokens, but for spaces.
+        control: the tokenizer's added tokens, but for spaces and the one for what is unknown.
     """
 
     def __init__(self, answers: Answers, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.stops, self.spaces = tokenizer, _stops(tokenizer), {}
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
-        self.control = {number for number, token in added if not token.content.isspace()}
+        unknown = {tokenizer.unk_token_id} - self.stops  # GPT-2's is its end-of-text token, too
+        self.control = {number for number, token in added if not token.content.isspace()} - unknown
         self.how, self.token, self.written = "tokenizer", tokenizer.eos_token_id, ""
         for messages in answers.forms.plain():
             try:
@@ -66,7 +67,7 @@ class Ends:
             open_end = ended not in self.control or self.how == "header"
             if ended not in self.stops and last < len(ids):
                 after = int(ids[last])
-                last += after in self.control and (open_end or after in self.stops)
+                last += after in self.control and (self.how == "header" or after in self.stops)
             elif ended not in self.stops and open_end and self.token is not None:
                 added = [self.token]
             mask[first:last] = True
@@ -83,7 +84,7 @@ class Ends:
     def _is_space(self, token: int) -> bool:
         token = int(token)
         if token not in self.spaces:
-            self.spaces[token] = self.tokenizer.decode([token]).isspace()
+            self.spaces[token] = not self.tokenizer.decode([token]).strip()  # metaspaces alone are decoded to nothing
         return self.spaces[token]
 
 

@@ -36,6 +36,14 @@ def check_written(
     notes, last = Counter(), max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
     texts = _texts(found)
     others = _Rest("\0".join(text for n, text in texts.items() if n < 0 or messages[n]["role"] != "assistant"))
+    # Before the messages, as a result's name, which many templates leave out, would be taken for that of its tool.
+    for tool in conversation.tools:
+        for field, value in _described(tool):
+            if not others.has(value):
+                raise BadRow("not_written", f"tools, {field}: the chat template leaves it out: {_short(value)}")
+    for value in _leaves(conversation.documents):
+        if not others.has(value):
+            raise BadRow("not_written", f"documents: the chat template leaves it out: {_short(value)}")
     for number, message in enumerate(messages):
         own = _Rest(texts[number])
         rests = [own] if message["role"] == "assistant" else [own, others]
@@ -49,13 +57,6 @@ def check_written(
                 notes[f"fields that the template doesn't write: {field[6:]}"] += 1
             else:
                 raise BadRow("not_written", f"{name}: the chat template leaves it out: {_short(value)}")
-    for tool in conversation.tools:
-        for field, value in _described(tool):
-            if not others.has(value):
-                raise BadRow("not_written", f"tools, {field}: the chat template leaves it out: {_short(value)}")
-    for value in _leaves(conversation.documents):
-        if not others.has(value):
-            raise BadRow("not_written", f"documents: the chat template leaves it out: {_short(value)}")
     return notes
 
 
