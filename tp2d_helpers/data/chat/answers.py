@@ -27,6 +27,7 @@ class Answered:
 
     text: str
     spans: list[tuple[int, int]]  # characters, in order
+    ends: list[int]  # for each, where that part of its message ends that the span is of
     notes: Counter  # what the template left out by its design
 
 
@@ -50,7 +51,8 @@ class Answers:
             try:
                 notes_of_text = check_written(conversation, messages, found, self.template)
                 spans = self._spans(conversation, messages, found, options)
-                return Answered(found.text, spans, notes + notes_of_text)
+                ends = [next(stop for _, stop, _ in found.pieces if stop >= end) for _, end in spans]
+                return Answered(found.text, spans, ends, notes + notes_of_text)
             except BadRow as error:
                 wrong = error if wrong.kind == "refused" else wrong
         raise wrong

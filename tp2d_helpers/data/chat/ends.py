@@ -11,7 +11,7 @@ import transformers
 from transformers import GenerationConfig
 
 from tp2d_helpers.data.bad_rows import BadRow
-from tp2d_helpers.data.chat.answers import Answers
+from tp2d_helpers.data.chat.answers import Answered, Answers
 from tp2d_helpers.data.chat.places import Places
 from tp2d_helpers.data.chats import Conversation
 from tp2d_helpers.data.text_tokens import TextEncoder
@@ -38,21 +38,21 @@ class Ends:
                 found = answers.find(Conversation(messages))
             except BadRow:
                 continue
-            self._learn(next(TextEncoder(tokenizer).places([found.text])), found.spans)
+            self._learn(next(TextEncoder(tokenizer).places([found.text])), found)
             return
 
-    def _learn(self, places: Places, spans: list[tuple[int, int]]) -> None:
+    def _learn(self, places: Places, found: Answered) -> None:
         """See what ends the answers of a conversation."""
-        bounds = [self._trimmed(places, *span) for span in spans]
-        for _, last in bounds:
-            if (ended := int(places.ids[last - 1])) in self.control:
-                self.stops.add(ended)
-            elif last < len(places.ids) and (after := int(places.ids[last])) in self.control:
+        for (begin, end), part in zip(found.spans, found.ends, strict=True):
+            last = self._trimmed(places, begin, end)[1]
+            own = places.tokens(begin, part, self.control)[1]  # marks may leave the message's stop token out
+            ended, after = int(places.ids[last - 1]), int(places.ids[last]) if last < len(places.ids) else None
+            if ended in self.control or (after in self.control and last < own):
+                self.how, self.token = "template", ended if ended in self.control else after
+                self.stops.add(self.token)
+            elif after in self.control:
                 self.how, self.token = "header", after
-        last = bounds[-1][1]
-        if self.how != "header" and int(places.ids[last - 1]) in self.control:
-            self.how, self.token = "template", int(places.ids[last - 1])
-        self.written = places.text[slice(*spans[0])].rstrip()
+        self.written = places.text[slice(*found.spans[0])].rstrip()
 
     def mask(self, places: Places, spans: list[tuple[int, int]]) -> tuple[np.ndarray, list[int]]:
         """(bool [tokens], which have loss; tokens to add at the end, which have loss, too).
