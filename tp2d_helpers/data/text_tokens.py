@@ -11,8 +11,8 @@ import numpy as np
 import transformers
 
 from tp2d_helpers.data.bad_rows import BadRow
-from tp2d_helpers.data.chat.places import Places
 from tp2d_helpers.data.folder import Part, PartBuilder, digest
+from tp2d_helpers.data.places import Places
 from tp2d_helpers.data.rows import Place, Text, read
 
 CHARACTERS = 64_000  # that the tokenizer is given at once; it needs about 500 bytes for each

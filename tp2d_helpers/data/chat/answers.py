@@ -14,7 +14,8 @@ from typing import Any
 
 from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat.forms import KEY, VALUE, Forms
-from tp2d_helpers.data.chat.template import NOWHERE, ChatTemplate, Rendered
+from tp2d_helpers.data.chat.marks import NOWHERE, Rendered
+from tp2d_helpers.data.chat.template import ChatTemplate
 from tp2d_helpers.data.chat.written import OPENED, check_written
 from tp2d_helpers.data.chats import Conversation
 

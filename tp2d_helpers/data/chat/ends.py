@@ -12,8 +12,8 @@ from transformers import GenerationConfig
 
 from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat.answers import Answered, Answers
-from tp2d_helpers.data.chat.places import Places
 from tp2d_helpers.data.chats import Conversation
+from tp2d_helpers.data.places import Places
 from tp2d_helpers.data.text_tokens import TextEncoder
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tp2d_helpers.data.bad_rows import BadRow
-from tp2d_helpers.data.chat.template import NOWHERE, ChatTemplate, Rendered
+from tp2d_helpers.data.chat.marks import NOWHERE, Rendered
+from tp2d_helpers.data.chat.template import ChatTemplate
 from tp2d_helpers.data.chats import THOUGHTS, Conversation
 
 CLOSED = re.compile(r"</think>|\[/THINK\]|</thought>|<\|END_THINKING\|>|</seed:think>|<channel\|>")
