@@ -104,3 +104,13 @@ def test_the_template_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest
     config, _ = plan.settle(make_config(chat_template="own.jinja", model_name="a", dataset_name="b"), {"CPU": 4.0})
     assert config.chat_template == str(tmp_path / "own.jinja")
     assert plan.settle(make_config(model_name="a", dataset_name="b"), {"CPU": 4.0})[0].chat_template == ""
+
+
+def test_text_beside_chats(run: Callable[..., Config], tmp_path: Path) -> None:
+    """What is taken of rows with both is said."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = tmp_path / "both.jsonl"
+    path.write_text(json.dumps({"text": "some text " * 40, "messages": chat}) + "\n")
+    _, _, found, chosen = check_data(run(dataset_name=str(path)), ModelFacts.read(run().model_name))
+    assert "the text in 'text' is taken, not the chats in 'messages' beside it" in found
+    assert "documents end in '<|endoftext|>'" in chosen

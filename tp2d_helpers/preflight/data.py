@@ -13,6 +13,7 @@ from tp2d_helpers.data.dataloader import GlobalBatchSampler
 from tp2d_helpers.data.dataset import TokenDataset, load_samples
 from tp2d_helpers.data.files import local_files
 from tp2d_helpers.data.overlap import repeated_documents
+from tp2d_helpers.data.text import chats_beside_text
 from tp2d_helpers.data.tokens import SOURCE
 from tp2d_helpers.model.apart import check_apart
 from tp2d_helpers.model.facts import ModelFacts
@@ -57,6 +58,10 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, TokenDataset, st
     chats, loss = describe_chats(data)
     samples = data.samples if data.other else len(data)
     left_out = describe_left_out(data)
+    if data.mask is None and (
+        beside := chats_beside_text(config.dataset_name, config.dataset_config, config.text_column)
+    ):
+        found.append(f"the text in {config.text_column!r} is taken, not the chats in {beside!r} beside it")
     found += chats or ([f"rows without text {empty} of {data.meta['rows']:,}"] if files or empty else [])
     found += [f"{len(data.tokens):,} tokens", f"{samples:,} {kind} samples of {config.seq_length}"]
     chosen = [f"{steps} steps per epoch, {size} samples each", *apart, *loss, *left_out]
