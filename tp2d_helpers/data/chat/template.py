@@ -98,7 +98,7 @@ class ChatTemplate:
         text, source = self.text(messages, **options), self.source(options.get("tools"))
         for assigned in (False, True):
             found = self._marked(_compile(source, assigned), messages, options)
-            if found and found.text == text:
+            if found and found.text == text and any(number != NOWHERE for *_, number in found.pieces):
                 yield found
         if found := self._by_content(messages, text, options):
             yield found
