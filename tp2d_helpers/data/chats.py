@@ -94,7 +94,9 @@ def _conversation(row: dict[str, Any], form: str) -> Conversation:
                 raise BadRow("not_a_chat", f"{name} must be a list, and is {_kind(value)}")
             found.tools += map(_decoded, value)
     found.documents = _decoded(row.pop("documents", None)) or []
-    found.more = {**(_decoded(row.pop("chat_template_kwargs", None)) or {}), **row}
+    if not isinstance(arguments := _decoded(row.pop("chat_template_kwargs", None)) or {}, dict):
+        raise BadRow("not_a_chat", f"chat_template_kwargs must be an object, and is {_kind(arguments)}")
+    found.more = {**arguments, **row}
     found.more = {name: v for name, v in found.more.items() if v is not None and len(str(v)) <= LONG}
     return found
 

@@ -76,7 +76,7 @@ class ChatTemplate:
         text, source = self.text(messages, **options), self.source(options.get("tools"))
         for assigned in (False, True):
             found = self._marked(compiled(source, assigned), messages, options)
-            if found and found.text == text:
+            if found and found.text == text and any(number != NOWHERE for *_, number in found.pieces):
                 yield found
         if not self.has_marks and (found := self._by_content(messages, text, options)):
             yield found
