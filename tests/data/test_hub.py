@@ -123,7 +123,7 @@ def test_other_splits_need_not_be_there(put: Put) -> None:
     assert load_text("org/name")["text"] == ["a"]
     with pytest.raises(
         ConfigError,
-        match=r"^dataset_name = 'org/name:test': .*a part of its files only.*`hf download org/name --repo-type dataset`",
+        match=r"^dataset_name = 'org/name:test': .*a part of its files only.*`hf download org/name",
     ):
         load_text("org/name:test")
     with pytest.raises(
