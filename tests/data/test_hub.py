@@ -319,6 +319,8 @@ def test_a_hub_that_can_not_be_reached(online: Callable, put: Put, monkeypatch: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(dataset_info=unreachable))
+    # It would be tried twice, for half a minute each.
+    monkeypatch.setattr(text, "_load_from_hub", lambda *_: pytest.fail("it was asked again"))
     put({"train.jsonl": lines("a")})
     assert load_text("org/name")["text"] == ["a"] and source_stamp("org/name") == ["org/name", COMMIT]
     with pytest.raises(ConfigError, match=r"can't be loaded \(ConnectionError: Couldn't reach it\)"):
