@@ -102,7 +102,7 @@ class Config(BaseModel):
     # Length of the run, what it prints and keeps.
     debug_steps: NonNegativeInt = 0
     log_interval: PositiveInt = 5
-    eval_samples: NonNegativeInt = 0
+    eval_samples: NonNegativeInt | Literal["auto"] = 0
     eval_dataset_name: str = ""
     eval_interval: NonNegativeInt = 0
     sample_prompts: str = ""

@@ -50,7 +50,7 @@ def test_what_is_said(run: Callable[..., Config]) -> None:
     assert found.endswith("6 padded samples of 32")
     assert chosen == (
         "6 steps per epoch, 1 samples each; loss on the assistant's turns, which end in '<|endoftext|>' (added to the "
-        "last, as the chat template ends it by no token): 'b<|endoftext|>'; longer examples are cut there; "
+        "last, as the chat template ends it by no token): 'for\\n<|endoftext|>'; longer examples are cut there; "
         f"left out as no_answer: 1 (line 8 of {run().dataset_name}: no turn of an assistant is to be learnt)"
     )
     _, chosen = checked(run(packing=False, seq_length=13))

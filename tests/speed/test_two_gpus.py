@@ -33,14 +33,21 @@ def _copies_in_graphs(names: dict[str, Any]) -> None:
 
 
 def _no_capture_on_rank_1(names: dict[str, Any]) -> None:
-    """Its copies are at another turn then than those of rank 0, which has captured some."""
+    """It ends in the midst of its capture: its copies are at another turn then than those of rank 0.
+
+    The passes before it, which warm up, are real on both: they reduce over the ranks, and would wait for one that left.
+    """
     _copies_in_graphs(names)
     graphed = graphs._graphed
 
-    def failing(*arguments: Any) -> Any:
-        if dist.get_rank() == 1:
-            raise RuntimeError("no capture here")
-        return graphed(*arguments)
+    def failing(passes: Any, inputs: Any) -> Any:
+        def cut_off(*tensors: Any) -> Any:
+            loss = passes(*tensors)
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("no capture here")
+            return loss
+
+        return graphed(cut_off if dist.get_rank() == 1 else passes, inputs)
 
     graphs._graphed = failing
 

@@ -36,6 +36,7 @@ def record_run(
     chats: bool = False,
     model: dict[str, Any] | None = None,
     template: str | dict[str, str] | None = None,
+    left_out: list[str] | None = None,
 ) -> None:
     """Write settings and versions into the run's folder, for those who continue it, and its checkpoints' id.
 
@@ -46,6 +47,7 @@ def record_run(
         chats: whether it is chats.
         model: what training begins with (`model_identity`).
         template: the chat template.
+        left_out: what of the rows is not trained on, in words.
     """
     newest, _ = newest_checkpoint(config.run_dir)
     run_id = recorded(config.run_dir).get("run_id") or (newest and read_manifest(newest).get("run_id"))
@@ -55,6 +57,7 @@ def record_run(
         "chats": chats,
         "model": model,
         "template": template,
+        "left_out": left_out,
         "versions": versions(),
         "run_id": run_id or uuid.uuid4().hex,
     }
@@ -90,8 +93,9 @@ def continue_run(config: Config) -> Config:
     if newest:
         check_origin(newest, config.trust_checkpoint)
     found = settings_of(config.run_dir, newest)
-    if config.packing == "auto":  # as the run began, whatever "auto" would be now
-        config = config.change(packing=found.get("packing", "auto"))
+    for name in ("packing", "eval_samples"):  # as the run began, whatever "auto" would be now
+        if getattr(config, name) == "auto":
+            config = config.change(**{name: found.get(name, "auto")})
     if config.chat_date == "auto":
         config = config.change(chat_date=found.get("chat_date") or today())
     now = config.model_dump()

@@ -41,6 +41,7 @@ class Remarks:
 
     bad: dict[str, dict[str, Any]] = field(default_factory=dict)  # kind: {"count", "first": where and why}
     notes: Counter = field(default_factory=Counter)  # of how many rows, or turns
+    example: str = ""  # how the first answer ends
 
     def add(self, error: BadRow, where: str) -> None:
         """A bad row."""
@@ -49,6 +50,7 @@ class Remarks:
     def merge(self, other: Remarks) -> None:
         """Those of the rows that follow."""
         self.notes += other.notes
+        self.example = self.example or other.example
         for kind, found in other.bad.items():
             self._merge(kind, found["count"], found["first"])
 
@@ -59,13 +61,13 @@ class Remarks:
 
     def to_json(self) -> str:
         """For `from_json`."""
-        return json.dumps({"bad": self.bad, "notes": self.notes})
+        return json.dumps({"bad": self.bad, "notes": self.notes, "example": self.example})
 
     @classmethod
     def from_json(cls, text: str) -> Remarks:
         """What `to_json` wrote."""
         found = json.loads(text)
-        return cls(found["bad"], Counter(found["notes"]))
+        return cls(found["bad"], Counter(found["notes"]), found["example"])
 
     def check(self, dataset_name: str, rows: int, leave_out: str) -> None:
         """Refuse bad rows, all kinds at once, but those of the kinds that are to be left out.

@@ -33,6 +33,8 @@ from tp2d_helpers.data.tokenizer import writes_date
 
 CONTROL = re.compile(r"<([|\uff5c])[^\s|\uff5c<>]+\1>|<(?:start|end)_of_turn>")  # how templates write control tokens
 
+SHOWN = 12  # tokens of an answer, the last of which preflight shows
+
 
 @dataclass
 class Example:
@@ -64,6 +66,11 @@ class ChatEncoder:
                 f"dataset_name ({form}) need. Set chat_template to a .jinja file, or take a model that was made for "
                 "chats (its name often ends in Instruct)"
             )
+        if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+            raise ConfigError(
+                f"model_name = {tokenizer.name_or_path!r}: its tokenizer has several chat templates, none by default; "
+                f"set chat_template to one of {', '.join(map(repr, tokenizer.chat_template))}"
+            )
         self.text, self.form, self.loss_on = TextEncoder(tokenizer), form, loss_on
         self.template = ChatTemplate(tokenizer, today() if date in ("", "auto") else date)
         try:
@@ -85,7 +92,7 @@ class ChatEncoder:
         """What is to be said of it: the format, what has loss, how answers end, the control tokens that are missing."""
         date = self.template.day.date().isoformat() if writes_date(self.text.tokenizer) else ""
         stop = self.text.tokenizer.decode([self.ends.token]) if self.ends.token is not None else ""
-        ends = {"ends": self.ends.how, "stop": stop, "example": self.ends.example[-40:], "absent": self.absent}
+        ends = {"ends": self.ends.how, "stop": stop, "absent": self.absent}
         return {"format": self.form, "loss_on": self.loss_on, "date": date, **ends}
 
     def cuts(self, chat: Text, size: int) -> Iterator[int]:
@@ -122,6 +129,10 @@ class ChatEncoder:
         builder.end(digest([example.answered.text]) or 0)
         builder.turns += example.turns
         builder.remarks.notes += example.answered.notes
+        if not builder.remarks.example:
+            first = int(mask.argmax())
+            last = len(mask) if mask[first:].all() else first + int(mask[first:].argmin())
+            builder.remarks.example = self.text.tokenizer.decode(ids[max(first, last - SHOWN) : last].tolist())
 
     def _batches(self, rows: datasets.Dataset, begin: int, end: int) -> Iterator[list[Example]]:
         """Examples of about as many characters as the tokenizer is given at once, or one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -90,7 +91,8 @@ class TextEncoder:
                     yield self._places(text, [token for token, _ in pairs], [place for _, place in pairs])
 
     def _places(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Places:
-        places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+        flat = itertools.chain.from_iterable(offsets)  # twice as fast as an array of pairs
+        places = np.fromiter(flat, np.int64, 2 * len(offsets)).reshape(-1, 2)
         return Places(text, np.asarray(ids, dtype=np.int64), places, self._encode)
 
     def _encode(self, text: str) -> np.ndarray:

@@ -42,7 +42,10 @@ def load_tokenizer(
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"chat_template = {chat_template!r}: must be a .jinja file ({reason(error)})") from error
+            raise ConfigError(
+                f"chat_template = {chat_template!r}: must be a .jinja file, or the name of one of the tokenizer's "
+                f"templates ({reason(error)})"
+            ) from error
     return tokenizer
 
 

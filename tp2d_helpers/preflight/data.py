@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from typing import Any
 
 from tp2d_helpers.cache.clear import UNUSED_DAYS, clear_cache
 from tp2d_helpers.config import Config, ConfigError
@@ -15,6 +17,8 @@ from tp2d_helpers.data.tokens import SOURCE
 from tp2d_helpers.model.apart import check_apart
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.training.samples import NEW_TOKENS, encode_prompts
+
+HELD_OUT = 16  # samples that "auto" holds out, where there are enough
 
 
 def check_data(config: Config, model: ModelFacts) -> tuple[int, TokenDataset, str, str]:
@@ -30,13 +34,12 @@ def check_data(config: Config, model: ModelFacts) -> tuple[int, TokenDataset, st
     data, apart = _samples(config, model)
     size, kind = config.samples_per_step, "padded" if data.packing is False else "packed"
     if data.samples < size:
-        held_out = f" and {config.eval_samples} held out (eval_samples)" if len(data) > data.samples else ""
+        held_out = f" and {data.eval_samples} held out (eval_samples)" if len(data) > data.samples else ""
         raise ConfigError(
             f"dataset_name = {config.dataset_name!r}: {data.samples} {kind} samples of {config.seq_length} tokens "
             f"({len(data.tokens):,} tokens in all){held_out}, fewer than one global batch of {size} "
             f"(batch_size_per_gpu {config.batch_size_per_gpu} × dp_size {config.dp_size} × "
-            f"gradient_accumulation_steps {config.gradient_accumulation_steps}). Take a smaller one, shorter samples "
-            "or more data."
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps}). {_what_fits(config, data)}"
         )
     prompts = encode_prompts(config.model_dump(), chats=data.mask is not None)
     known = [part.meta["highest"] for part in (data, data.other or data)]
@@ -70,6 +73,7 @@ def _samples(config: Config, model: ModelFacts) -> tuple[TokenDataset, list[str]
     """(the run's samples, how packed documents are kept apart and what is lost of them, or why they are not packed)."""
     names = (*SOURCE, "seq_length", "eval_samples", "eval_dataset_name")
     settings = {name: getattr(config, name) for name in names}
+    settings["eval_samples"] = _held_out(config, settings)
     data = load_samples(**settings, packing=config.packing)
     if data.packing != "documents":
         return data, []
@@ -89,6 +93,38 @@ def _samples(config: Config, model: ModelFacts) -> tuple[TokenDataset, list[str]
     return data, said
 
 
+def _what_fits(config: Config, data: TokenDataset) -> str:
+    """Settings with which there is at least one step, for those who have little data."""
+    if data.samples >= config.dp_size:
+        return f"This works: batch_size_per_gpu = {data.samples // config.dp_size}, gradient_accumulation_steps = 1"
+    if data.packing is True and (length := len(data.tokens) // (2 * config.samples_per_step)) >= 8:
+        return f"This works: seq_length = {length}"
+    return f"Take more data, or a dp_size of at most {max(data.samples, 1)} with batch_size_per_gpu = 1"
+
+
+def _held_out(config: Config, settings: dict[str, Any]) -> int:
+    """How many samples to hold out: of "auto" at most `HELD_OUT`, and an eighth of what there is."""
+    if config.eval_samples != "auto":
+        return config.eval_samples
+    if config.eval_dataset_name:
+        return min(HELD_OUT, load_samples(**{**settings, "eval_samples": 1}, packing=config.packing).other.samples)
+    everything = load_samples(**{**settings, "eval_samples": 0}, packing=config.packing)
+    number = min(HELD_OUT, everything.samples // 8)
+    while number:
+        with contextlib.suppress(ConfigError):  # too few, or too much alike
+            data = TokenDataset(everything.folder, config.seq_length, config.packing, number)
+            if data.samples >= config.samples_per_step:
+                return number
+        number //= 2
+    if config.eval_interval or config.sample_prompts.strip() or config.keep_checkpoints_by == "eval_loss":
+        raise ConfigError(
+            f"eval_samples = 'auto': dataset_name = {config.dataset_name!r} has {everything.samples} samples of "
+            f"{config.seq_length} tokens, too few to hold some out, which eval_interval, sample_prompts and "
+            "keep_checkpoints_by need; set eval_dataset_name, or take more data"
+        )
+    return 0
+
+
 def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
     """What a run is evaluated on, for preflight's table; nothing if it isn't.
 
@@ -104,9 +140,11 @@ def describe_held_out(config: Config, data: TokenDataset) -> list[str]:
                 "training does not see, or '', which holds out whole documents of that one"
             )
         also = f", of whose {documents:,} documents {repeated:,} are trained on, too" if repeated else ""
-        samples = f"{config.eval_samples} of {data.other.samples:,} samples"
+        samples = f"{data.eval_samples} of {data.other.samples:,} samples"
         return [f"evaluated on {samples} of {config.eval_dataset_name}{also}"]
-    return [f"{config.eval_samples} samples held out, of {data.held_out} documents"] if config.eval_samples else []
+    if not data.eval_samples:
+        return ["no samples held out, as there are few"] if config.eval_samples == "auto" else []
+    return [f"{data.eval_samples} samples held out, of {data.held_out} documents"]
 
 
 def describe_left_out(data: TokenDataset) -> list[str]:
@@ -136,7 +174,7 @@ def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
             "tokenizer": "added to the last, as the chat template ends it by no token"}[meta["ends"]]  # fmt: skip
     chosen = "loss on all tokens, of all turns"
     if meta["loss_on"] == "assistant":
-        end, example = meta["stop"], meta["example"]
+        end, example = meta["stop"], Remarks.from_json(meta["remarks"]).example
         chosen = f"loss on the assistant's turns, which end in {end!r} ({ends}): {example!r}"
         if not meta["stop"]:
             chosen = "loss on the assistant's turns, which end in no token: the tokenizer has none"

@@ -38,7 +38,7 @@ from tp2d_helpers.preflight.cluster import (
     loopback_variables,
 )
 from tp2d_helpers.preflight.connection import connect
-from tp2d_helpers.preflight.data import check_data
+from tp2d_helpers.preflight.data import check_data, describe_left_out
 from tp2d_helpers.preflight.folder import check_checkpoints, check_room, check_storage
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
@@ -108,7 +108,7 @@ def preflight(config: Config) -> Plan:
     rows += [*check_memory(config, model, resources), *chosen]
     placement = describe_placement(config, model, counts)
     steps, data, *described = check_data(config, model)
-    config = config.change(packing=data.packing)
+    config = config.change(packing=data.packing, eval_samples=data.eval_samples)
     names, without = chosen_optimizations(config.model_dump(), config.use_gpu)
     rows.append(("speed", without, ", ".join(name for name in OPTIMIZATIONS if name in names) or "no optimizations"))
     rows += [*placement, ("data", *described)]
@@ -121,7 +121,7 @@ def preflight(config: Config) -> Plan:
     rows += check_trackers(config)
     rows += check_checkpoints(config, then, data.identity, steps)
     template = load_tokenizer(config.model_name, config.trust_remote_code, config.chat_template).chat_template
-    record_run(config, data.identity, data.mask is not None, identity, template)
+    record_run(config, data.identity, data.mask is not None, identity, template, describe_left_out(data))
     return Plan(config, model, resources_per_worker, steps, rows)
 
 
@@ -140,7 +140,9 @@ def settle(config: Config, resources: dict[str, float]) -> tuple[Config, str]:
     elif model.startswith((".", "/", "~")):
         raise ConfigError(f"model_name = {model!r}: no such folder")
     dataset, evaluated = absolute_name(dataset), absolute_name(config.eval_dataset_name)
-    template = config.chat_template and str(Path(config.chat_template).expanduser().absolute())
+    template = config.chat_template  # or the name of one that the tokenizer has
+    if Path(template).suffix or Path(template).expanduser().is_file():
+        template = str(Path(template).expanduser().absolute())
     storage, name = config.storage_path, config.experiment_name
     if storage == "auto":
         storage = str(SHARED_STORAGE / "tp_autotp" if SHARED_STORAGE.is_dir() else Path("outputs").absolute())

@@ -27,6 +27,7 @@ class Answered:
 
     text: str
     spans: list[tuple[int, int]]  # characters, in order
+    ends: list[int]  # for each, where that part of its message ends that the span is of
     notes: Counter  # what the template left out by its design
 
 
@@ -50,7 +51,8 @@ class Answers:
             try:
                 notes_of_text = check_written(conversation, messages, found, self.template)
                 spans = self._spans(conversation, messages, found, options)
-                return Answered(found.text, spans, notes + notes_of_text)
+                ends = [next(stop for _, stop, _ in found.pieces if stop >= end) for _, end in spans]
+                return Answered(found.text, spans, ends, notes + notes_of_text)
             except BadRow as error:
                 wrong = error if wrong.kind == "refused" else wrong
         raise wrong
@@ -69,22 +71,21 @@ class Answers:
     def _spans(
         self, conversation: Conversation, messages: list[dict[str, Any]], found: Rendered, options: dict[str, Any]
     ) -> list[tuple[int, int]]:
-        spans = []
+        spans, marks = [], self.template.has_marks
+        pieces = found.by_message(found.marked if marks else found.pieces)
         for number, message in enumerate(messages):
             learnt = conversation.learnt[number] if number < len(conversation.learnt) else None
             if message["role"] != "assistant" or number < conversation.prompt or learnt is False:
                 continue
-            if self.template.has_marks and not found.by_content:
-                own = [(begin, end) for begin, end, of in found.marked if of in (number, NOWHERE)]
-                if not own:
-                    raise BadRow("refused", f"message {number + 1}: the template's {{% generation %}} doesn't mark it")
-            elif not (own := found.of(number)):
-                raise BadRow("refused", f"message {number + 1}: it can't be told where it is in the text; {WAYS_OUT}")
-            elif not found.by_content:
+            own = pieces.get(number, [])
+            if not (own or (marks and NOWHERE in pieces)):
+                what = "the template's {% generation %} doesn't mark it" if marks else f"it isn't found; {WAYS_OUT}"
+                raise BadRow("refused", f"message {number + 1}, where it is in the text: {what}")
+            if not (marks or found.by_content):
                 before = messages[number - 1]["role"] if number else ""
                 own[0] = (self._begin(found.text, *own[0], number, self._headers(before, options)), own[0][1])
-            spans += [span for span in own if span not in spans]
-        return spans
+            spans += own
+        return sorted(spans + pieces.get(NOWHERE, [])) if marks and spans else spans
 
     def _begin(self, text: str, begin: int, end: int, number: int, headers: list[str]) -> int:
         """Where the header of an answer ends, and what the assistant wrote begins."""

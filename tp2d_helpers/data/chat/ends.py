@@ -11,7 +11,7 @@ import transformers
 from transformers import GenerationConfig
 
 from tp2d_helpers.data.bad_rows import BadRow
-from tp2d_helpers.data.chat.answers import Answers
+from tp2d_helpers.data.chat.answers import Answered, Answers
 from tp2d_helpers.data.chat.places import Places
 from tp2d_helpers.data.chats import Conversation
 from tp2d_helpers.data.text_tokens import TextEncoder
@@ -22,38 +22,37 @@ class Ends:
 
     Attributes:
         token: what ends the last answer of a conversation; None if nothing does.
-        example: an answer, with what ends it; `written`: of that, what the template wrote.
+        written: an answer, as the template writes it.
         how: "template", "header" (the token that the next one begins with) or "tokenizer".
-        control: the tokenizer's added tokens, but for spaces.
+        control: the tokenizer's added tokens, but for spaces and the one for what is unknown.
     """
 
     def __init__(self, answers: Answers, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.stops, self.spaces = tokenizer, _stops(tokenizer), {}
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
-        self.control = {number for number, token in added if not token.content.isspace()}
-        self.how, self.token, self.example, self.written = "tokenizer", tokenizer.eos_token_id, "", ""
+        unknown = {tokenizer.unk_token_id} - self.stops  # GPT-2's is its end-of-text token, too
+        self.control = {number for number, token in added if not token.content.isspace()} - unknown
+        self.how, self.token, self.written = "tokenizer", tokenizer.eos_token_id, ""
         for messages in answers.forms.plain():
             try:
                 found = answers.find(Conversation(messages))
             except BadRow:
                 continue
-            self._learn(next(TextEncoder(tokenizer).places([found.text])), found.spans)
+            self._learn(next(TextEncoder(tokenizer).places([found.text])), found)
             return
 
-    def _learn(self, places: Places, spans: list[tuple[int, int]]) -> None:
+    def _learn(self, places: Places, found: Answered) -> None:
         """See what ends the answers of a conversation."""
-        bounds = [self._trimmed(places, *span) for span in spans]
-        for _, last in bounds:
-            if (ended := int(places.ids[last - 1])) in self.control:
-                self.stops.add(ended)
-            elif last < len(places.ids) and (after := int(places.ids[last])) in self.control:
+        for (begin, end), part in zip(found.spans, found.ends, strict=True):
+            last = self._trimmed(places, begin, end)[1]
+            own = places.tokens(begin, part, self.control)[1]  # marks may leave the message's stop token out
+            ended, after = int(places.ids[last - 1]), int(places.ids[last]) if last < len(places.ids) else None
+            if ended in self.control or (after in self.control and last < own):
+                self.how, self.token = "template", ended if ended in self.control else after
+                self.stops.add(self.token)
+            elif after in self.control:
                 self.how, self.token = "header", after
-        last = bounds[-1][1]
-        if self.how != "header" and int(places.ids[last - 1]) in self.control:
-            self.how, self.token = "template", int(places.ids[last - 1])
-        self.example = self.written = places.text[slice(*spans[0])].rstrip()
-        if self.how != "template" and self.token is not None:
-            self.example += self.tokenizer.decode([self.token])
+        self.written = places.text[slice(*found.spans[0])].rstrip()
 
     def mask(self, places: Places, spans: list[tuple[int, int]]) -> tuple[np.ndarray, list[int]]:
         """(bool [tokens], which have loss; tokens to add at the end, which have loss, too).
@@ -68,7 +67,7 @@ class Ends:
             open_end = ended not in self.control or self.how == "header"
             if ended not in self.stops and last < len(ids):
                 after = int(ids[last])
-                last += after in self.control and (open_end or after in self.stops)
+                last += after in self.control and (self.how == "header" or after in self.stops)
             elif ended not in self.stops and open_end and self.token is not None:
                 added = [self.token]
             mask[first:last] = True
@@ -85,7 +84,7 @@ class Ends:
     def _is_space(self, token: int) -> bool:
         token = int(token)
         if token not in self.spaces:
-            self.spaces[token] = self.tokenizer.decode([token]).isspace()
+            self.spaces[token] = not self.tokenizer.decode([token]).strip()  # metaspaces alone are decoded to nothing
         return self.spaces[token]
 
 

@@ -44,16 +44,18 @@ class Forms:
     @functools.cached_property
     def calls(self) -> list[tuple[str | None, type]]:
         """(content, type of the arguments) with which a call is written as what it is."""
-        found = []
+        found: dict[tuple[str | None, type], str] = {}
         for content, arguments in itertools.product((None, ""), ({KEY: VALUE}, json.dumps({KEY: VALUE}))):
             try:
                 text = self.template.text(self.called(content, arguments)[:2])
             except BadRow:
                 continue
             as_code = any(bad in text for bad in (f'\\"{KEY}', f"{{'{KEY}", "None"))
-            if NAME in text and VALUE in text and not as_code:
-                found.append((content, type(arguments)))
-        return found
+            # Gemma 4's takes text, too, and writes other braces round it than the model knows.
+            as_object = found.get((content, dict), text)
+            if NAME in text and VALUE in text and not as_code and text == as_object:
+                found[content, type(arguments)] = text
+        return list(found)
 
     def called(self, content: str | None, arguments: Any) -> list[dict[str, Any]]:
         """A conversation with a call and its result."""

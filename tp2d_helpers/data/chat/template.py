@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,9 +43,13 @@ class Rendered:
     marked: list[tuple[int, int, int]] = field(default_factory=list)  # the same of what `{% generation %}` encloses
     by_content: bool = False  # pieces are contents alone, without headers and stop tokens
 
-    def of(self, message: int) -> list[tuple[int, int]]:
-        """(begin, end) of what belongs to a message."""
-        return [(begin, end) for begin, end, number in self.pieces if number == message and begin < end]
+    @staticmethod
+    def by_message(pieces: list[tuple[int, int, int]]) -> dict[int, list[tuple[int, int]]]:
+        """(begin, end) of the pieces of each message."""
+        found = defaultdict(list)
+        for begin, end, number in pieces:
+            found[number].append((begin, end))
+        return found
 
 
 class ChatTemplate:
@@ -100,7 +105,7 @@ class ChatTemplate:
             found = self._marked(_compile(source, assigned), messages, options)
             if found and found.text == text:
                 yield found
-        if found := self._by_content(messages, text, options):
+        if not self.has_marks and (found := self._by_content(messages, text, options)):
             yield found
 
     def _marked(

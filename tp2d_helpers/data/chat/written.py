@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from tp2d_helpers.data.bad_rows import BadRow
-from tp2d_helpers.data.chat.template import ChatTemplate, Rendered
+from tp2d_helpers.data.chat.template import NOWHERE, ChatTemplate, Rendered
 from tp2d_helpers.data.chats import THOUGHTS, Conversation
 
 CLOSED = re.compile(r"</think>|\[/THINK\]|</thought>|<\|END_THINKING\|>|</seed:think>|<channel\|>")
@@ -34,9 +34,18 @@ def check_written(
         BadRow: if something is missing that is to be learnt, or that an answer is an answer to.
     """
     notes, last = Counter(), max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-    others = _Rest(_texts(found, lambda n: n < 0 or messages[n]["role"] != "assistant"))
+    texts = _texts(found)
+    others = _Rest("\0".join(text for n, text in texts.items() if n < 0 or messages[n]["role"] != "assistant"))
+    # Before the messages, as a result's name, which many templates leave out, would be taken for that of its tool.
+    for tool in conversation.tools:
+        for field, value in _described(tool):
+            if not others.has(value):
+                raise BadRow("not_written", f"tools, {field}: the chat template leaves it out: {_short(value)}")
+    for value in _leaves(conversation.documents):
+        if not others.has(value):
+            raise BadRow("not_written", f"documents: the chat template leaves it out: {_short(value)}")
     for number, message in enumerate(messages):
-        own = _Rest(_texts(found, lambda n, number=number: n == number))
+        own = _Rest(texts[number])
         rests = [own] if message["role"] == "assistant" else [own, others]
         for field, value in _said(message):
             if any(rest.take(value) for rest in rests):
@@ -48,26 +57,17 @@ def check_written(
                 notes[f"fields that the template doesn't write: {field[6:]}"] += 1
             else:
                 raise BadRow("not_written", f"{name}: the chat template leaves it out: {_short(value)}")
-    for tool in conversation.tools:
-        for field, value in _described(tool):
-            if not others.has(value):
-                raise BadRow("not_written", f"tools, {field}: the chat template leaves it out: {_short(value)}")
-    for value in _leaves(conversation.documents):
-        if not others.has(value):
-            raise BadRow("not_written", f"documents: the chat template leaves it out: {_short(value)}")
     return notes
 
 
-def _texts(found: Rendered, chosen: Any) -> str:
-    """The pieces of the text whose message is one of those, a NUL between them."""
-    covered, texts = 0, []
+def _texts(found: Rendered) -> dict[int, str]:
+    """For each message, its pieces of the text, a NUL between them; under `NOWHERE` what is of none."""
+    texts, covered = defaultdict(list), 0
     for begin, end, number in found.pieces:
-        if covered < begin and chosen(-1):
-            texts.append(found.text[covered:begin])
-        if chosen(number):
-            texts.append(found.text[begin:end])
+        texts[NOWHERE].append(found.text[covered:begin])
+        texts[number].append(found.text[begin:end])
         covered = end
-    return "\0".join(texts)
+    return defaultdict(str, {number: "\0".join(pieces) for number, pieces in texts.items()})
 
 
 class _Rest:
