@@ -105,6 +105,7 @@ def test_configs_that_are_not_there(put: Put) -> None:
         with pytest.raises(ConfigError, match=rf"^dataset_config = '{wanted}': org/name has the configs en, de; take"):
             load_text("org/name", wanted)
     put({"train.jsonl": lines("a")}, "org/other")
+    assert load_text("org/other", "default")["text"] == ["a"]
     with pytest.raises(ConfigError, match=r"^dataset_config = 'en': org/other has no configs"):
         load_text("org/other", "en")
 
@@ -120,8 +121,15 @@ def test_other_splits_need_not_be_there(put: Put) -> None:
     splits = (f"  - {{split: {split}, path: {name}.jsonl}}\n" for split, name in (("train", "a"), ("test", "b")))
     put({"README.md": readme(config("x", "".join(splits))), "a.jsonl": lines("a")})
     assert load_text("org/name")["text"] == ["a"]
-    with pytest.raises(ConfigError, match=r"has a part of its files only.*`hf download org/name --repo-type dataset`"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^dataset_name = 'org/name:test': .*a part of its files only.*`hf download org/name",
+    ):
         load_text("org/name:test")
+    with pytest.raises(
+        ConfigError, match=r"^dataset_name = 'org/name:dev\[1:\]': Unknown split .dev.\. .* train, test; a"
+    ):
+        load_text("org/name:dev[1:]")
 
 
 def test_files_that_are_missing(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +163,7 @@ def test_ways_to_read_that_a_readme_asks_for(put: Put, monkeypatch: pytest.Monke
     put({"train.xml": "<a/>"}, "org/xml")
     put({"README.md": "# Only this, as `datasets` leaves it\n"}, "org/readme")
     for name in ("org/sep", "org/xml", "org/readme", "org/none"):
-        assert load_text(name)["text"] == ["by datasets"]
+        assert load_text(name, "en" * (name == "org/readme"))["text"] == ["by datasets"]
     assert asked == ["org/sep", "org/xml", "org/readme", "org/none"]
 
 
@@ -178,6 +186,12 @@ def test_values_of_files_whose_types_differ(put: Put) -> None:
     rows = load_text("org/name")
     assert [json.loads(chat)["more"]["n"] for chat in rows["messages"]] == [True, False, 2, "3", 4]
     assert rows["where"][2].startswith("line 1 of ") and rows["where"][2].endswith("train-1.jsonl")
+
+
+def test_text_files(put: Put) -> None:
+    put({"train.txt": "One line,\nand more.\n\nNext.\n"})
+    assert load_text("org/name")["text"] == ["One line,\nand more.\n\nNext.\n"]
+    assert load_text("org/name", text_files="paragraph")["text"] == ["One line,\nand more.", "Next."]
 
 
 # Parts of splits.
@@ -305,6 +319,8 @@ def test_a_hub_that_can_not_be_reached(online: Callable, put: Put, monkeypatch: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(dataset_info=unreachable))
+    # It would be tried twice, for half a minute each.
+    monkeypatch.setattr(text, "_load_from_hub", lambda *_: pytest.fail("it was asked again"))
     put({"train.jsonl": lines("a")})
     assert load_text("org/name")["text"] == ["a"] and source_stamp("org/name") == ["org/name", COMMIT]
     with pytest.raises(ConfigError, match=r"can't be loaded \(ConnectionError: Couldn't reach it\)"):

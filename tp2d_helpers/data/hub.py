@@ -65,7 +65,7 @@ def hub_files(dataset_name: str, dataset_config: str = "") -> Splits | None:
     Raises:
         ConfigError: if the cache has a part of the files only, or it has no such config.
     """
-    hub_id, config, split = hub_dataset(dataset_name, dataset_config)
+    hub_id, config, _ = hub_dataset(dataset_name, dataset_config)
     if not is_offline():
         try:
             return _fetch(hub_id, config)
@@ -74,7 +74,7 @@ def hub_files(dataset_name: str, dataset_config: str = "") -> Splits | None:
                 raise
     elif not (folder := snapshot(hub_id)):
         return None
-    return _find(folder, hub_id, config, split)
+    return _find(folder, dataset_name, dataset_config)
 
 
 def rows_of(split: str, splits: list[str], dataset_name: str) -> datasets.ReadInstruction:
@@ -122,24 +122,26 @@ def snapshot(hub_id: str, patterns: list[str] | None = None) -> Path | None:
         return None
 
 
-def _find(folder: Path, hub_id: str, config: str | None, split: str) -> Splits | None:
+def _find(folder: Path, dataset_name: str, dataset_config: str) -> Splits | None:
     """Find the files of a config in a snapshot: of the splits that are wanted alone, if its README says which."""
-    name, declared = f"dataset_name = {hub_id!r}", _declared(folder, hub_id, config)
+    hub_id, config, split = hub_dataset(dataset_name, dataset_config)
+    if not any(format_of(path) for path in folder.rglob("*")):  # the README alone, as `datasets` leaves it there
+        return None
+    declared, name = _declared(folder, hub_id, config), f"dataset_name = {dataset_name!r}"
     options: dict[str, Any] = {}
     if declared and "data_files" in declared:
         patterns = _by_split(declared["data_files"])
         wanted = {
-            part.splitname for part in rows_of(split, [*patterns], hub_id).to_absolute(dict.fromkeys(patterns, 100))
+            part.splitname
+            for part in rows_of(split, [*patterns], dataset_name).to_absolute(dict.fromkeys(patterns, 100))
         }
         options["data_files"] = {split: files for split, files in patterns.items() if split in wanted}
     if declared and declared.get("data_dir"):
         options["data_dir"] = declared["data_dir"]
     try:
-        found = datasets.load_dataset_builder(str(folder), declared and declared["config_name"], **options).config
-    except FileNotFoundError as error:  # only the README is there, as of a dataset that `datasets` has read
-        if any(format_of(path) for path in folder.rglob("*")):
-            raise _incomplete(name, hub_id) from error
-        return None
+        found = datasets.load_dataset_builder(str(folder), declared and declared.get("config_name"), **options).config
+    except FileNotFoundError as error:
+        raise _incomplete(name, hub_id) from error
     files = {str(split): [Path(file) for file in files] for split, files in (found.data_files or {}).items()}
     every = [str(path) for paths in files.values() for path in paths]
     if not every or not _is_plain(found, every):
@@ -170,12 +172,15 @@ def _incomplete(name: str, hub_id: str) -> ConfigError:
 def _declared(folder: Path, hub_id: str, config: str | None) -> dict[str, Any] | None:
     """What the README says of a config; None if it has none. The only one is the default, or the one that says so."""
     try:
-        found = {one["config_name"]: one for one in (metadata_load(folder / "README.md") or {}).get("configs") or []}
+        found = {
+            one.get("config_name", "default"): one
+            for one in (metadata_load(folder / "README.md") or {}).get("configs") or []
+        }
     except OSError:
         found = {}
     default = [name for name, one in found.items() if len(found) == 1 or name == "default" or one.get("default")]
     chosen = config or (default[0] if default else None)
-    if (found or config) and chosen not in found:
+    if (found or chosen not in (None, "default")) and chosen not in found:
         raise ConfigError(
             f"dataset_config = {config or ''!r}: {hub_id} has "
             + (f"the configs {', '.join(found)}; take one of them" if found else "no configs; set it to ''")
