@@ -84,6 +84,8 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
         raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
     weights = check_weights(config.model_name, model)
+    if remark := getattr(tokenizer, "remark", ""):
+        weights += f"; {remark}"
     decoder_layers(model.meta)
     needs = rehearse(model.config, config.tp_size)
     if needs.own_loss:
