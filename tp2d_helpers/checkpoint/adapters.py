@@ -63,14 +63,19 @@ class Adapters:
         cuts = {"A": cut if cut and cut.dim == 1 else None, "B": cut if cut and cut.dim == 0 else None}
         return tuple(whole_weight(names[kind], self.ranks, shapes[kind], self.dtype, cuts[kind]) for kind in shapes)
 
+    def changes(self, name: str) -> bool:
+        """Whether a weight of the model has an adapter."""
+        layer, _, kind = name.rpartition(".")
+        return layer in self.targets and kind == "weight"
+
     def merge(self, name: str, base: torch.nn.Module) -> torch.Tensor:
         """A weight of the model with its adapter: W, or W + s · B A in fp32, rounded once to its dtype.
 
         Args:
             base: what `base_model` gives.
         """
-        found, (layer, _, kind) = base.get_parameter(name).detach(), name.rpartition(".")
-        if layer not in self.targets or kind != "weight":
+        found, layer = base.get_parameter(name).detach(), name.rpartition(".")[0]
+        if not self.changes(name):
             return found.contiguous()
         A, B = (matrix.float() for matrix in self.matrices(layer))
         product = self.settings["lora_alpha"] / self.rank * B @ A

@@ -123,6 +123,9 @@ def _trained(
     if adapters and not settings.get("model"):
         warnings.warn(f"the run doesn't say what it began with: merged into {model_name} as it is now", stacklevel=3)
     base = base_model(model, model_name, settings, trust_remote_code) if adapters or frozen else None
+    # Of what isn't trained, its class may keep some in another dtype.
+    same = [name for name in whole if name in frozen or (adapters and name in tied and not adapters.changes(name))]
+    whole |= {name: torch.empty_like(base.get_parameter(name), device="meta") for name in same}
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, or buffer."""
