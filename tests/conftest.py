@@ -110,7 +110,7 @@ def outcomes() -> list[tuple[str, str, str]]:
     return OUTCOMES
 
 
-READERS = ("original", "4.57", "newest")
+READERS = ("original", "4.57", "newest", "peft")
 
 
 def _short(found: float | str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import TYPES
@@ -23,6 +24,8 @@ from tp2d_helpers.checkpoint.config_file import add_older_fields
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.demo import demo_documents, train_tokenizer
 from tp2d_helpers.model.engine import load_model
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import targets
 
 SCRIPT = Path(__file__).with_name("other_version.py")
 OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
@@ -160,7 +163,7 @@ def test_every_type_in_every_version(
         differences = {name: distance(found[name][kind], expected[kind]) for name in found}
         if origin == "4":
             differences["original"] = distance(torch.load(tmp_path / f"{kind}.pt"), expected[kind])
-        generations[origin, kind] = differences
+        generations[origin, kind] = generations.get((origin, kind), {}) | differences
         limit = TOLERANCE.get(kind, 1e-5)
         wrong += [
             f"{kind}, {name}: {d}"
@@ -175,6 +178,35 @@ def test_every_type_in_every_version(
     assert [kind for kind in exports if generations[origin, kind]["4.57"] == "unknown"] == (
         [] if origin == "4" else ["qwen3_5_text", "ministral3", "nanochat", "granite_swa"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_adapter_in_peft(family: Callable[..., Path], generations: dict, tmp_path: Path, kind: str) -> None:
+    """Random adapters on all linear layers: peft's own reading of them gives the logits of the merged export."""
+    folder, found = family(kind, **TYPES[kind]), {}
+    settings = dict(lora_rank=4, lora_alpha=16.0, lora_targets="all-linear", lora_dropout=0.1, model_name=str(folder))
+    tag = fabricated(tmp_path / "run", folder) / "step_00000001"
+    draw = torch.Generator().manual_seed(0)
+    layers = targets(ModelFacts.read(str(folder)).meta, "all-linear")
+    for name, (inputs, outputs) in layers.items():
+        found[f"{name}_lora.A"] = torch.randn(4, inputs, generator=draw) / inputs**0.5
+        found[f"{name}_lora.B"] = 0.1 * torch.randn(outputs, 4, generator=draw)
+    states = torch.load(tag / "mp_rank_00_model_states.pt")
+    buffers = {name: states["module"][name] for name, _ in load_model(str(folder), torch.float32).named_buffers()
+               if name in states["module"]}  # fmt: skip
+    torch.save(states | {"module": found | buffers}, tag / "mp_rank_00_model_states.pt")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="what it began with"):
+        out = export_checkpoint(tmp_path / "run", str(folder), tmp_path / "out")
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        before, merged = base(TOKENS, use_cache=False).logits, logits(out)
+        adapted = peft.PeftModel.from_pretrained(base, out / "adapter")(TOKENS, use_cache=False).logits
+    assert (merged - before).abs().max() > 0.1
+    generations["5", kind] = generations.get(("5", kind), {}) | {"peft": (adapted - merged).abs().max().item()}
+    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
 
 
 def distance(found: dict[str, Any], expected: torch.Tensor) -> float | str:

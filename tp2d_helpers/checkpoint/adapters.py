@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from tp2d_helpers.checkpoint.card import hub_id
 from tp2d_helpers.checkpoint.shards import Pieces, whole_weight
 from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
@@ -93,7 +94,7 @@ class Adapters:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.settings["model_name"],
+            "base_model_name_or_path": hub_id(self.settings["model_name"]),
             "r": self.rank,
             "lora_alpha": self.settings["lora_alpha"],
             # Of training alone, and peft can't have it with weights as targets.
