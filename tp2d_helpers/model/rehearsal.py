@@ -26,6 +26,7 @@ from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
 from tp2d_helpers.model.decay import undecayed
 from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.ropes import fix_ropes
 from tp2d_helpers.model.sharding import meta_model, random_model
 from tp2d_helpers.speed.logits import Logits, computed, delay_logits
 from tp2d_helpers.speed.loss import loss_from_logits
@@ -67,6 +68,7 @@ def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehe
 
 def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
     model = meta_model(hf_config, torch.bfloat16)  # the grouped matmul of experts has no other dtype there
+    fix_ropes(model)
     try:
         loss, own_loss, whole_logits = _pass(model)
     except Exception:  # some classes ask for values, which only a model with storage has
@@ -84,6 +86,7 @@ def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
 def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsal:
     kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP at tp_size {tp_size}: "
     model = meta_model(hf_config, torch.bfloat16)
+    fix_ropes(model)
     try:
         plan = Plan.of(model, tp_size)
         convert(model, plan)
