@@ -35,8 +35,8 @@ def check_lengths(hf_config: transformers.PretrainedConfig, seq_length: int) -> 
     ]
     if ends and ends[0] and seq_length > min(ends):
         raise ConfigError(
-            f"packing = 'documents': {hf_config.model_type!r} can't keep the documents of a sample apart (longrope: one "
-            f"of more than {min(ends)} tokens changes the angles of all in its micro-batch, and seq_length is "
+            f"packing = 'documents': {hf_config.model_type!r} can't keep the documents of a sample apart (longrope: "
+            f"one of more than {min(ends)} tokens changes the angles of all in its micro-batch, and seq_length is "
             f"{seq_length}). Take packing = True or False, or seq_length up to {min(ends)}"
         )
 
