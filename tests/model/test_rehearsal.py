@@ -19,7 +19,7 @@ from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.model import rehearsal
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.plan import Plan
-from tp2d_helpers.model.rehearsal import Rehearsal, compare_losses, rehearse
+from tp2d_helpers.model.rehearsal import Rehearsal, rehearse
 from tp2d_helpers.preflight.checks import check_model
 
 Train = Callable[..., Run]
