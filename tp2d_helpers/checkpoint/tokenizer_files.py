@@ -49,6 +49,8 @@ def write_tokenizer(
     if "chat_template" in said and not changed and not tokenizer_file(model_name, TEMPLATE):
         (folder / TEMPLATE).unlink(missing_ok=True)
     _for_both(folder, said, changed)
+    if _as_it_was(folder, Path(model_name), tokenizer):
+        return
 
     def other_tokens() -> bool:
         """Whether who loads the export gets others than were trained on."""
@@ -63,6 +65,18 @@ def write_tokenizer(
             f"tokenizer.json, which was trained by: load it by {PLAIN}.from_pretrained",
             stacklevel=2,
         )
+
+
+def _as_it_was(folder: Path, model: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
+    """Whether `AutoTokenizer` sees no other thing in an export than in the folder that it loaded from, and was right.
+
+    It takes a second for 150,000 tokens. By the hub's names it makes exceptions, so that what it makes of an id is
+    no sign.
+    """
+    before, now = read_json(model / "tokenizer_config.json"), read_json(folder / "tokenizer_config.json")
+    types = [read_json(place / "config.json").get("model_type") for place in (model, folder)]
+    same = {name for name in {*before, *now} if before.get(name) != now.get(name)} <= {"chat_template", "auto_map"}
+    return model.is_dir() and same and types[0] == types[1] and not hasattr(tokenizer, "remark")
 
 
 def _for_both(folder: Path, said: dict, changed: bool) -> None:
