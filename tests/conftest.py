@@ -92,6 +92,15 @@ def matrix() -> list[tuple[str, ...]]:
     return MATRIX
 
 
+GENERATIONS: dict[tuple[str, str], dict[str, float | str]] = {}
+
+
+@pytest.fixture(scope="session")
+def generations() -> dict[tuple[str, str], dict[str, float | str]]:
+    """(version that wrote a folder, model type) → largest differences of logits, printed as a table at the end."""
+    return GENERATIONS
+
+
 OUTCOMES: list[tuple[str, str, str]] = []
 
 
@@ -101,10 +110,25 @@ def outcomes() -> list[tuple[str, str, str]]:
     return OUTCOMES
 
 
+READERS = ("original", "4.57", "newest", "peft")
+
+
+def _short(found: float | str) -> str:
+    return f"{found:.0e}" if isinstance(found, float) else found.partition("\n")[0][:40]
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the tables."""
     for title, head, rows in (
         ("faults", ("fault", "outcome", "recovery"), OUTCOMES),
+        (
+            "exports",
+            ("type", "written by", *READERS),
+            [
+                (kind, origin, *(_short(found.get(name, "")) for name in READERS))
+                for (origin, kind), found in sorted(GENERATIONS.items(), key=lambda item: item[0][::-1])
+            ],
+        ),
         ("model types", ("type", "grid", "loss", "norm", "weight"), MATRIX),
     ):
         if rows:

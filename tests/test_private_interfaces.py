@@ -308,6 +308,28 @@ def transformers_masks() -> None:
         assert inspect.getsource(masking_utils).count(name) > 1
 
 
+@interface("_keep_in_fp32_modules")
+def transformers_kept() -> None:
+    """Of a class, and of the parts of a model; DeepSpeed reads them for buffers."""
+    from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedModel
+
+    has(PreTrainedModel, "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    with torch.device("meta"):
+        model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(num_hidden_layers=2))
+    assert "moe_statics" in model._keep_in_fp32_modules_strict
+
+
+@interface("rope_type")
+def transformers_ropes() -> None:
+    """What a rope's module goes by, when it asks for the length of what is read."""
+    from transformers.modeling_rope_utils import dynamic_rope_update
+    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+    source = inspect.getsource(dynamic_rope_update)
+    assert "self.rope_type" in source and '"dynamic" in rope_type' in source and 'rope_type == "longrope"' in source
+    assert 'self.config.rope_parameters["rope_type"] != "default"' in inspect.getsource(PhimoeRotaryEmbedding)
+
+
 @interface("convert_and_load_state_dict_in_model")
 def transformers_loading() -> None:
     """`from_pretrained` loads by the same calls, in the same order."""

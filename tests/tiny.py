@@ -28,11 +28,15 @@ def family(model_type: str, **shape: Any) -> Path:
     """The folder of a tiny model whose biases and norms are random, too; built on first use."""
 
     def build(folder: Path) -> None:
-        """As `demo.build_model`, and noise of 0.02 on every weight: a bias of zeros and a norm of ones hide faults."""
+        """As `demo.build_model`, and noise of 0.02 on every weight: a bias of zeros and a norm of ones hide faults.
+
+        Not on buffers: those of Apertus' activation are constants, and only some versions read them.
+        """
         build_model(tiny_shape(model_type, **shape), folder, dtype=torch.float32)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         draw = torch.Generator().manual_seed(1)
-        noisy = {name: weight + 0.02 * torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
+        noise = {name: 0.02 * torch.randn(weight.shape, generator=draw) for name, weight in weights.items()}
+        noisy = {n: weight if n.endswith((".beta", ".eps")) else weight + noise[n] for n, weight in weights.items()}
         safetensors.torch.save_file(noisy, folder / "model.safetensors", metadata={"format": "pt"})
 
     name = "-".join(["family", model_type, *(f"{name}={value}" for name, value in shape.items())])

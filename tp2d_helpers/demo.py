@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tp2d_helpers.cache import build_once, cache_dir
 
 BUILT = re.compile(r"-py[\d.]+\w*-torch\S+")  # how the folder of a model that is built here goes on after its shape
 END_OF_TEXT = "<|endoftext|>"
 VOCAB_SIZE = 2048
+LAYOUT = 2  # of the folders that are built here; another one is not taken for it
 
 # Topics that repeat no other: half of the reference's topics are parts of longer ones. What is held out for evaluation
 # comes from the end of a dataset, and these, 12,000 tokens, are the demo's.
@@ -103,6 +104,8 @@ def build_model(shape: dict[str, Any], folder: Path, seed: int = 0, dtype: torch
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Some types have a class that splits text in its own way: the file has to say what `AutoTokenizer` does.
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 def has_random_weights(model_name: str) -> bool:
@@ -119,7 +122,7 @@ def demo_model(shape: str = "demo") -> Path:
     """Folder of a model of `SHAPES`, built in the cache on first use (two seconds for the demo)."""
     dtype = torch.float32 if shape == "demo" else torch.bfloat16
     # The text, and with it the tokenizer, differs between versions of Python.
-    folder = cache_dir() / f"{shape}-py{platform.python_version()}-torch{torch.__version__}"
+    folder = cache_dir() / f"{shape}-py{platform.python_version()}-torch{torch.__version__}-{LAYOUT}"
     return build_once(folder, lambda scratch: build_model(SHAPES[shape], scratch, dtype=dtype))
 
 

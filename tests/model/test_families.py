@@ -86,3 +86,21 @@ def _count_checkpoints(names: dict[str, Any]) -> None:
         return loss
 
     names["train_step"] = train_step
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_loss_of_the_routers_is_refused_by_its_name(tp_size: int) -> None:
+    """Of any size: Mixtral's is not tried on the CPU first."""
+    large = ModelFacts.of(AutoConfig.for_model("mixtral", output_router_logits=True))
+    with pytest.raises(ConfigError, match=r"'mixtral' adds its routers' loss .*output_router_logits = true.*set it to"):
+        rehearse(large.config, tp_size)
+
+
+def test_a_norm_of_each_head_is_refused_by_its_name(family: Callable[..., Path]) -> None:
+    """StableLM-2-12B's: 96 parameters, which one rank's heads don't reach."""
+    folder = str(family("stablelm", qk_layernorm=True, use_parallel_residual=True))
+    settings, facts = dict(model_name=folder, dp_size=1, use_gpu=False, seq_length=64), ModelFacts.read(folder)
+    check_model(make_config(**settings, tp_size=1), facts)
+    why = r"self_attn\.q_layernorm\.norms has a module for each head: no rule\. Take tp_size 1"
+    with pytest.raises(ConfigError, match=why):
+        check_model(make_config(**settings, tp_size=2), facts)

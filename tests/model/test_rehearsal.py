@@ -19,7 +19,7 @@ from tp2d_helpers.config import ConfigError, make_config
 from tp2d_helpers.model import rehearsal
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.plan import Plan
-from tp2d_helpers.model.rehearsal import Rehearsal, compare_losses, rehearse
+from tp2d_helpers.model.rehearsal import Rehearsal, rehearse
 from tp2d_helpers.preflight.checks import check_model
 
 Train = Callable[..., Run]
@@ -244,10 +244,8 @@ def test_an_auxiliary_loss_is_refused() -> None:
     """It is a mean over a micro-batch's tokens, which no number of targets makes one over the step's."""
     shape = dict(num_local_experts=4, num_experts_per_tok=2)
     assert not rehearse(tiny("mixtral", **shape)).own_loss
-    config = tiny("mixtral", **shape, output_router_logits=True)
-    assert rehearse(config).own_loss
-    with pytest.raises(ConfigError, match=r"'mixtral' has a loss of its own.*\(output_router_logits\), turn that off"):
-        compare_losses(config)
+    with pytest.raises(ConfigError, match=r"'mixtral' adds its routers' loss .*set it to false"):
+        rehearse(tiny("mixtral", **shape, output_router_logits=True))
 
 
 def test_a_class_that_asks_for_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.preflight.weights import check_weights
 
@@ -121,9 +122,30 @@ def test_a_tied_weight_that_is_there_twice(model: Callable[..., Path], more: int
     twice = lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + more}  # noqa: E731
     folder = model("qwen2-tied", twice)
     if more:
-        refused(folder, "lm_head.weight is model.embed_tokens.weight", "set tie_word_embeddings to false")
+        refused(folder, "that lm_head.weight and model.embed_tokens.weight are one", "set tie_word_embeddings to false")
     else:
         assert found(folder) == "weights in 1 file, F32"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+@pytest.mark.parametrize("kind, head", [("gpt2", "lm_head.weight"), ("opt", "lm_head.weight"),
+                                        ("falcon", "lm_head.weight"), ("gpt_neox", "embed_out.weight")])  # fmt: skip
+def test_a_head_of_its_own_is_found_by_any_name(tmp_path: Path, kind: str, head: str, form: str) -> None:
+    config = AutoConfig.for_model(kind, **FAMILIES[kind], tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    weights, embedding = load_file(tmp_path / "model.safetensors"), model.get_input_embeddings().weight.detach()
+    (tmp_path / "model.safetensors").unlink()
+    for more in (0.0, 1.0):
+        together = {**weights, head: embedding + more}
+        if form == "pickle":
+            torch.save(together, tmp_path / "pytorch_model.bin")
+        else:
+            save_file(together, tmp_path / "model.safetensors")
+        if more:
+            refused(tmp_path, head, "are one (tie_word_embeddings)", "they differ: set tie_word_embeddings to false")
+        else:
+            assert found(tmp_path) == "weights in 1 file, F32"
 
 
 def test_names_without_the_base_models_prefix(model: Callable[..., Path]) -> None:
@@ -310,3 +332,10 @@ def test_the_headers_of_the_hub(in_parts: Path, monkeypatch: pytest.MonkeyPatch)
     files[0].unlink()
     with pytest.raises(ConfigError, match=rf"'org/far': each of {len(files) - 1} files lacks .*, which would be drawn"):
         check_weights("org/far", model)
+
+
+def test_a_head_of_its_own_on_a_worker(model: Callable[..., Path]) -> None:
+    """Where preflight could not look, as the weights were still to be downloaded."""
+    twice = lambda weights: {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}  # noqa: E731
+    with pytest.raises(ConfigError, match="files have another one: set tie_word_embeddings to false"):
+        load_model(str(model("qwen2-tied", twice)), torch.float32)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from tp2d_helpers.checkpoint.card import hub_id
 from tp2d_helpers.checkpoint.shards import Pieces, whole_weight
 from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
@@ -63,14 +64,19 @@ class Adapters:
         cuts = {"A": cut if cut and cut.dim == 1 else None, "B": cut if cut and cut.dim == 0 else None}
         return tuple(whole_weight(names[kind], self.ranks, shapes[kind], self.dtype, cuts[kind]) for kind in shapes)
 
+    def changes(self, name: str) -> bool:
+        """Whether a weight of the model has an adapter."""
+        layer, _, kind = name.rpartition(".")
+        return layer in self.targets and kind == "weight"
+
     def merge(self, name: str, base: torch.nn.Module) -> torch.Tensor:
         """A weight of the model with its adapter: W, or W + s · B A in fp32, rounded once to its dtype.
 
         Args:
             base: what `base_model` gives.
         """
-        found, (layer, _, kind) = base.get_parameter(name).detach(), name.rpartition(".")
-        if layer not in self.targets or kind != "weight":
+        found, layer = base.get_parameter(name).detach(), name.rpartition(".")[0]
+        if not self.changes(name):
             return found.contiguous()
         A, B = (matrix.float() for matrix in self.matrices(layer))
         product = self.settings["lora_alpha"] / self.rank * B @ A
@@ -88,7 +94,7 @@ class Adapters:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.settings["model_name"],
+            "base_model_name_or_path": hub_id(self.settings["model_name"]),
             "r": self.rank,
             "lora_alpha": self.settings["lora_alpha"],
             # Of training alone, and peft can't have it with weights as targets.

@@ -37,7 +37,7 @@ def model_card(checkpoint: Path, model_name: str, part_of: str = "") -> ModelCar
     model, data = shown(model_name), shown(settings.get("dataset_name", ""))
     hub_dataset = data.partition(":")[0]  # without its split
     about = ModelCardData(
-        base_model=model if HUB_ID.fullmatch(model) else None,
+        base_model=hub_id(model_name),
         datasets=[hub_dataset] if HUB_ID.fullmatch(hub_dataset) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -53,6 +53,11 @@ def model_card(checkpoint: Path, model_name: str, part_of: str = "") -> ModelCar
         "The licences of the model that training began with and of the data apply.",
     ]
     return ModelCard("---\n" + about.to_yaml() + "\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
+
+
+def hub_id(model_name: str) -> str | None:
+    """A model's id on the hub; None for a folder."""
+    return model_name if HUB_ID.fullmatch(model_name) and not Path(model_name).is_dir() else None
 
 
 def run_settings(checkpoint: Path) -> dict[str, Any]:

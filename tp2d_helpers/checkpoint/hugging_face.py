@@ -28,11 +28,13 @@ from transformers.utils import cached_file
 
 from tp2d_helpers.checkpoint.adapters import Adapters, base_model
 from tp2d_helpers.checkpoint.card import model_card, run_settings
+from tp2d_helpers.checkpoint.config_file import add_older_fields
 from tp2d_helpers.checkpoint.disk import check_space
 from tp2d_helpers.checkpoint.identity import PARTS, check_model, model_identity
 from tp2d_helpers.checkpoint.mark import check_output, write_mark
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
 from tp2d_helpers.checkpoint.shards import Pieces, open_shards, whole_weight
+from tp2d_helpers.checkpoint.tokenizer_files import write_tokenizer
 from tp2d_helpers.data.chat_tokens import stop_token
 from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.model.facts import ModelFacts
@@ -121,6 +123,9 @@ def _trained(
     if adapters and not settings.get("model"):
         warnings.warn(f"the run doesn't say what it began with: merged into {model_name} as it is now", stacklevel=3)
     base = base_model(model, model_name, settings, trust_remote_code) if adapters or frozen else None
+    # Of what isn't trained, its class may keep some in another dtype.
+    same = [name for name in whole if name in frozen or (adapters and name in tied and not adapters.changes(name))]
+    whole |= {name: torch.empty_like(base.get_parameter(name), device="meta") for name in same}
 
     def weight(name: str) -> torch.Tensor:
         """A whole weight, or buffer."""
@@ -141,11 +146,14 @@ def _write_config(
     if model.meta.is_remote_code():  # the config and the tokenizer see to their own files
         custom_object_save(model.meta, folder, config=model.config)
     model.config.save_pretrained(folder)
+    given, _ = model.config.get_config_dict(model_name)
+    add_older_fields(folder, model.config, given.get("text_config", {}) if model.part_of else given)
     # With the chat template that the run was trained by: what answers must be asked in the same form.
     template = settings.get("template")  # older runs recorded no more than the file's name
-    tokenizer = load_tokenizer(model_name, trust_remote_code, "" if template else settings.get("chat_template", ""))
-    tokenizer.chat_template = template or tokenizer.chat_template
-    tokenizer.save_pretrained(folder)
+    if not template and (file := settings.get("chat_template")):
+        template = load_tokenizer(model_name, trust_remote_code, file).chat_template
+    tokenizer = load_tokenizer(model_name, trust_remote_code)
+    write_tokenizer(folder, model_name, tokenizer, template, trust_remote_code)
     with contextlib.suppress(OSError):  # not every model has one
         shutil.copy(cached_file(model_name, "generation_config.json"), folder)
     if settings.get("chats"):

@@ -19,10 +19,12 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers import startup
+from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model.apart import keep_documents_apart
 from tp2d_helpers.model.decay import parameter_groups
 from tp2d_helpers.model.divide import divide
 from tp2d_helpers.model.facts import loading_arguments
+from tp2d_helpers.model.kept import restore, wide
 from tp2d_helpers.model.lora import add_adapters, convert_what_is_trained, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
 from tp2d_helpers.model.plan import Plan
@@ -61,18 +63,33 @@ def gradient_dtype(config: dict[str, Any], dtype: torch.dtype) -> torch.dtype:
 
 
 def load_model(model_name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> torch.nn.Module:
-    """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU."""
+    """Load the weights on the CPU; `deepspeed.initialize` moves each rank's shard, and no more, to its GPU.
+
+    Raises:
+        ConfigError: if the files have a head of their own, and the config says that it is the embedding.
+    """
     startup.mark("process groups")
     settings = dict(dtype=dtype, trust_remote_code=trust_remote_code)
     part = loading_arguments(model_name, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(model_name, **settings, **part)
     if part:  # else `save_pretrained` would write the names of the whole model's files again
         model._weight_conversions = None
-    for name, weight in meta_model(model.config).named_parameters():  # loading forgets what the class has frozen
+    planned = meta_model(model.config)
+    for name, weight in planned.named_parameters():  # loading forgets what the class has frozen
         model.get_parameter(name).requires_grad_(weight.requires_grad)
+    if _tied(planned) and not _tied(model):  # known before, but of weights that were still to be downloaded
+        raise ConfigError(
+            f"model_name = {model_name!r}: its config says that its output head is the embedding "
+            "(tie_word_embeddings), and its files have another one: set tie_word_embeddings to false in config.json"
+        )
     model.config.use_cache = False
     startup.mark("weights")
     return model
+
+
+def _tied(model: torch.nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def deepspeed_config(
@@ -145,7 +162,7 @@ def setup_model_with_autotp(
     if config.get("packing") == "documents":
         keep_documents_apart(model)
     divide(model, plan, mpu.tp_group, mpu.tp_rank)
-    layers = plan.partition_config(needs.summed)
+    layers, kept = plan.partition_config(needs.summed), wide(model, dtype)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(model, config, needs.undecayed),
@@ -153,6 +170,7 @@ def setup_model_with_autotp(
         mpu=mpu,
     )
     check_shards(engine.module, planned)
+    restore(engine.module, kept)
     if adapters:
         join(engine.module, adapters)
     convert_what_is_trained(engine.module)

@@ -226,6 +226,9 @@ class _Planner:
     def _beside_heads(self, name: str, attention: torch.nn.Module) -> None:
         """What else of an attention module has a part for each head: sinks, norms of all heads' features."""
         head, counts = self._head_dim(name), {self.heads, self.kv_heads}
+        for own, module in attention.named_modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) in counts:
+                raise ConfigError(f"{self.kind}{name}.{own} has a module for each head: no rule. Take tp_size 1")
         for own, weight in attention.named_parameters():
             full, (module, _, _) = f"{name}.{own}", own.rpartition(".")
             if full in self.plan.cuts or f"{name}.{module}" in self.plan.styles:

@@ -26,6 +26,7 @@ from tp2d_helpers.data.dataset import IGNORED
 from tp2d_helpers.model.autotp import Leave, Watch, convert, regions, unsummed
 from tp2d_helpers.model.decay import undecayed
 from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.ropes import fix_ropes
 from tp2d_helpers.model.sharding import meta_model, random_model
 from tp2d_helpers.speed.logits import Logits, computed, delay_logits
 from tp2d_helpers.speed.loss import loss_from_logits
@@ -67,9 +68,11 @@ def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehe
 
 def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
     model = meta_model(hf_config, torch.bfloat16)  # the grouped matmul of experts has no other dtype there
+    fix_ropes(model)
     try:
         loss, own_loss, whole_logits = _pass(model)
     except Exception:  # some classes ask for values, which only a model with storage has
+        _refuse_routers_loss(hf_config)
         model = _small(hf_config)
         try:
             loss, own_loss, whole_logits = _pass(model)
@@ -84,6 +87,7 @@ def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
 def _divided(hf_config: transformers.PretrainedConfig, tp_size: int) -> Rehearsal:
     kind = f"model_name: {hf_config.model_type!r} can't be sharded by AutoTP at tp_size {tp_size}: "
     model = meta_model(hf_config, torch.bfloat16)
+    fix_ropes(model)
     try:
         plan = Plan.of(model, tp_size)
         convert(model, plan)
@@ -168,6 +172,7 @@ def compare_losses(hf_config: transformers.PretrainedConfig) -> None:
     Raises:
         ConfigError: if they differ, so that training would follow another loss than the model's.
     """
+    _refuse_routers_loss(hf_config)
     with quiet():
         model = _small(hf_config).eval()
     draw = torch.Generator().manual_seed(0)
@@ -182,7 +187,17 @@ def compare_losses(hf_config: transformers.PretrainedConfig) -> None:
         raise ConfigError(
             f"model_name: {hf_config.model_type!r} has a loss of its own: {own:.4f} on a "
             f"sample, where the mean cross-entropy of the next token is {ours:.4f}. Only the latter can be divided "
-            "over micro-batches and ranks; if it adds an auxiliary loss (output_router_logits), turn that off"
+            "over micro-batches and ranks; if it adds an auxiliary loss, turn that off"
+        )
+
+
+def _refuse_routers_loss(hf_config: transformers.PretrainedConfig) -> None:
+    """Of a class whose loss is not that of its logits alone."""
+    if getattr(hf_config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            f"model_name: {hf_config.model_type!r} adds its routers' loss to that of the next token "
+            "(output_router_logits = true in its config.json), which can't be divided over micro-batches and ranks; "
+            "set it to false"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import replace
 
+import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from packaging.version import Version
 
@@ -16,7 +17,9 @@ from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.data.overlap import same_source
 from tp2d_helpers.data.tokenizer import load_tokenizer
 from tp2d_helpers.demo import display_name
+from tp2d_helpers.model.engine import PRECISIONS
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.kept import check_kept
 from tp2d_helpers.model.lora import adapter_parameters, kinds, targets
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.proof import prove
@@ -84,7 +87,11 @@ def check_model(config: Config, model: ModelFacts) -> tuple[str, str]:
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what transformers makes of a folder without one
         raise ConfigError(f"model_name = {config.model_name!r}: has no tokenizer (tokenizer.json, or its older files)")
     weights = check_weights(config.model_name, model)
+    if remark := getattr(tokenizer, "remark", ""):
+        weights += f"; {remark}"
     decoder_layers(model.meta)
+    unknown = torch.bfloat16 if config.use_gpu else torch.float32
+    check_kept(model.meta, PRECISIONS.get(config.precision, unknown), config.model_dump())
     needs = rehearse(model.config, config.tp_size)
     if needs.own_loss:
         compare_losses(model.config)

@@ -17,6 +17,7 @@ from tp2d_helpers.data.text import chats_beside_text
 from tp2d_helpers.data.tokens import SOURCE
 from tp2d_helpers.model.apart import check_apart
 from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.ropes import check_lengths
 from tp2d_helpers.training.samples import NEW_TOKENS, encode_prompts
 
 HELD_OUT = 16  # samples that "auto" holds out, where there are enough
@@ -83,6 +84,7 @@ def _samples(config: Config, model: ModelFacts) -> tuple[TokenDataset, list[str]
     if data.packing != "documents":
         return data, []
     try:
+        check_lengths(model.config, config.seq_length)
         how = check_apart(model.config, config.precision, bool(config.use_gpu))
     except ConfigError as error:
         if config.packing != "auto":

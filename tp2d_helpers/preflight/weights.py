@@ -7,7 +7,6 @@ files go through transformers' own mapping, onto a model without storage, and wh
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -60,7 +59,7 @@ def check_weights(model_name: str, model: ModelFacts) -> str:
         weights = weights or _read_from_hub(model_name)
         unused = _compare(model, weights) if weights else set()
         if weights and model.tied:
-            _check_tied(files, weights)
+            _check_tied(model, files, weights)
     except ConfigError as error:
         raise ConfigError(f"model_name = {model_name!r}: {error}") from error.__cause__
     if not weights:
@@ -144,17 +143,23 @@ def _load(
     Returns:
         (what is amiss, all that isn't used, what the class doesn't count included)
     """
+    found = _convert(target, weights, names)
+    unused = set(found.unexpected_keys)
+    # Tied weights need be there once, and each class has names that don't count.
+    target.mark_tied_weights_as_initialized(found)
+    target.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    target._adjust_missing_and_unexpected_keys(found)
+    return found, unused
+
+
+def _convert(target: torch.nn.Module, weights: dict[str, Weight], names: dict[str, str] | None) -> LoadStateDictInfo:
+    """Transformers' own mapping from the names and forms in files to those in memory."""
     contents = {name: torch.empty(w.shape, dtype=DTYPES[w.dtype], device="meta") for name, w in weights.items()}
     mapping, meta = get_model_conversion_mapping(target, names), {"": torch.device("meta")}
     how = LoadStateDictConfig(device_map=meta, dtype=torch.float32, weight_mapping=mapping)
     with _without_progress():
         found, _ = convert_and_load_state_dict_in_model(target, contents, how)
-        unused = set(found.unexpected_keys)
-        # Tied weights need be there once, and each class has names that don't count.
-        target.mark_tied_weights_as_initialized(found)
-        target.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-        target._adjust_missing_and_unexpected_keys(found)
-    return found, unused
+    return found
 
 
 def _read_from_hub(model_name: str) -> dict[str, Weight]:
@@ -189,23 +194,37 @@ def _compare(model: ModelFacts, weights: dict[str, Weight]) -> set[str]:
     return unused if model.part_of else found.unexpected_keys
 
 
-def _check_tied(files: Iterable[Path], weights: dict[str, Weight]) -> None:
-    """Refuse a head that is not the embedding, where the config says that it is.
+def _check_tied(model: ModelFacts, files: Iterable[Path], weights: dict[str, Weight]) -> None:
+    """Refuse a head that is not the embedding, where the config says that it is, whatever they are called.
 
     `from_pretrained` would keep both, and an export by the config would have the embedding alone.
     """
-    named = {functools.reduce(lambda n, way: re.sub(*way, n), KEY_MAPPING.items(), name): name for name in weights}
-    pair = [named[name] for name in ("model.embed_tokens.weight", "lm_head.weight") if name in named]
-    paths = [path for name in pair for path in files if path.name == weights[name].file]
-    if len(paths) < 2 or paths[0].suffix != ".safetensors":
+    target = meta_model(model.config)
+    embedding, head = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    names = KEY_MAPPING if model.part_of else None
+    tied = {name for name, weight in target.named_parameters(remove_duplicate=False) if weight is embedding is head}
+    alike = [name for name, weight in weights.items() if torch.Size(weight.shape) == embedding.shape]
+    pair = [name for name in alike if tied - set(_convert(target, {name: weights[name]}, names).missing_keys)]
+    paths = {path.name: path for path in files}
+    if len(pair) < 2 or not paths:
         return
-    with safe_open(paths[0], framework="pt") as one, safe_open(paths[1], framework="pt") as other:
-        same = torch.equal(one.get_tensor(pair[0]), other.get_tensor(pair[1]))
-    if not same:
+    found = [_tensor(paths[weights[name].file], name) for name in pair]
+    if not all(torch.equal(found[0].to(other.dtype), other) for other in found[1:]):
         raise ConfigError(
-            f"its config says that {pair[1]} is {pair[0]} (tie_word_embeddings), and {paths[1].name} has another one: "
-            "set tie_word_embeddings to false in config.json"
+            f"its config says that {' and '.join(pair)} are one (tie_word_embeddings), and in "
+            f"{weights[pair[-1]].file} they differ: set tie_word_embeddings to false in config.json"
         )
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    """A weight, mapped into memory where the file allows it."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    try:
+        return torch.load(path, mmap=True, weights_only=True)[name]
+    except RuntimeError:  # older than PyTorch 1.6
+        return torch.load(path, weights_only=True)[name]
 
 
 def _wrapper(names: Iterable[str], model: torch.nn.Module) -> str:

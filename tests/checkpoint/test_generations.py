@@ -1,0 +1,216 @@
+"""An export is the same model to transformers 4, to the pinned version and to the newest, for every type they know."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import TYPES
+from tiny import tiny_shape
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tp2d_helpers.cache import build_once, cache_dir
+from tp2d_helpers.checkpoint.config_file import add_older_fields
+from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
+from tp2d_helpers.demo import demo_documents, train_tokenizer
+from tp2d_helpers.model.engine import load_model
+from tp2d_helpers.model.facts import ModelFacts
+from tp2d_helpers.model.lora import targets
+
+SCRIPT = Path(__file__).with_name("other_version.py")
+OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+NEWEST = ("transformers",)
+TOKENS = torch.arange(160).reshape(2, 80) * 37 % 2000
+FACTORS = dict(short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0])
+YARN = dict(factor=4.0, original_max_position_embeddings=64)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+# What version 4 writes, each unlike the default of its class.
+FIELDS: dict[str, dict[str, Any]] = {
+    "qwen2": dict(rope_scaling=dict(type="yarn", **YARN)),
+    "llama": dict(rope_scaling=dict(rope_type="llama3", **LLAMA3)),
+    "gemma3_text": dict(rope_local_base_freq=3e4, rope_scaling=dict(rope_type="linear", factor=4.0)),
+    "phi3": dict(partial_rotary_factor=1.0, original_max_position_embeddings=128,
+                 rope_scaling=dict(type="longrope", **FACTORS)),
+    # Beyond the original length, its class of version 5 gives other logits than that of version 4, of one folder.
+    "phimoe": dict(original_max_position_embeddings=128, rope_scaling=dict(
+        type="longrope", short_mscale=1.1, long_mscale=1.2, original_max_position_embeddings=128, **FACTORS)),
+    "olmo3": dict(rope_scaling=dict(rope_type="yarn", **YARN)),
+    "stablelm": dict(partial_rotary_factor=0.5),
+    "gpt_neox": dict(rotary_emb_base=5e5, rotary_pct=0.5),
+    "apertus": dict(rope_scaling=dict(rope_type="llama3", **LLAMA3)),
+    "qwen3_moe": dict(num_experts=4),
+}  # fmt: skip
+WITHOUT_ROPE = ("gpt2", "opt")
+# Version 4 keeps the two scalars of Apertus' activation in bf16, whatever the model is in.
+TOLERANCE = {"apertus": 1e-3}
+
+
+def written_by_4(kind: str) -> dict[str, Any]:
+    """The fields of a tiny model's config, as version 4 calls them."""
+    rope = {} if kind in WITHOUT_ROPE else dict(rope_theta=5e5)
+    shape = tiny_shape(kind, **TYPES[kind]) | dict(bos_token_id=2047, eos_token_id=2047) | rope
+    return copy.deepcopy(shape | FIELDS.get(kind, {}))  # version 5 writes into what it is given
+
+
+@pytest.mark.parametrize("kind", [*FIELDS, "mistral", "gpt2"])
+@pytest.mark.parametrize("given", [True, False])
+def test_fields_of_version_4(tmp_path: Path, kind: str, given: bool) -> None:
+    """They are kept where the original has them, and made where it was written by version 5; 5 reads the same."""
+    fields = written_by_4(kind) | dict(torch_dtype="float32")
+    config = AutoConfig.for_model(**copy.deepcopy(fields))
+    config.save_pretrained(tmp_path)
+    add_older_fields(tmp_path, config, fields if given else {})
+    said, read = json.loads((tmp_path / "config.json").read_text()), AutoConfig.from_pretrained(tmp_path)
+    expected = {"rope_theta", *FIELDS.get(kind, {})} - {"rope_theta" if kind in ("gpt2", "gpt_neox") else ""}
+    for name in [*expected, "torch_dtype"]:
+        found = said[name]
+        if name == "rope_scaling" and not given:  # where the original has "type", there are both names
+            found = {part: found[part] for part in fields[name]}
+        assert found == fields[name], name
+    assert getattr(read, "rope_parameters", None) == getattr(config, "rope_parameters", None)
+    assert said["torch_dtype"] == said["dtype"]
+
+
+def test_a_field_that_is_at_odds_is_not_kept(tmp_path: Path) -> None:
+    """Version 5 goes by `rope_parameters`, and so must version 4."""
+    config = AutoConfig.for_model("llama", rope_parameters=dict(rope_type="default", rope_theta=5e5))
+    config.save_pretrained(tmp_path)
+    add_older_fields(tmp_path, config, dict(rope_theta=1e4, rope_scaling=dict(rope_type="linear", factor=2.0)))
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert said["rope_theta"] == 5e5 and said["rope_scaling"] is None
+
+
+# Environments of their own.
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[..., dict[str, str]]:
+    """environment(*packages): the variables of one with these instead of the installed ones. Skips without an index."""
+
+    def made(*packages: str) -> dict[str, str]:
+        def install(folder: Path) -> None:
+            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *packages]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"pip can't install {' '.join(packages)} here: {done.stderr.strip().splitlines()[-1]}")
+
+        return os.environ | {"PYTHONPATH": str(build_once(cache_dir() / "-".join(packages), install))}
+
+    return made
+
+
+def run(environment: dict[str, str], *arguments: Any) -> None:
+    subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], env=environment, check=True)
+
+
+def fabricated(folder: Path, model: Path) -> Path:
+    """A checkpoint that has a model's weights as they are."""
+    tag, whole = folder / "step_00000001", load_model(str(model), torch.float32)
+    tag.mkdir(parents=True)
+    common = dict(param_shapes=[{n: p.shape for n, p in whole.named_parameters()}], dp_world_size=1, mp_world_size=1)
+    torch.save(dict(module=whole.state_dict(), ds_config={}, **common), tag / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS, use_cache=False).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("origin", ["4", "5"])
+def test_every_type_in_every_version(
+    environment: Callable, family: Callable[..., Path], generations: dict, tmp_path: Path, origin: str
+) -> None:
+    """From folders that version 4 wrote, and version 5; logits and tokens of the original and of its export."""
+    old, newest = environment(*OLD), environment(*NEWEST)
+    if origin == "4":
+        (tmp_path / "shapes.json").write_text(json.dumps({kind: written_by_4(kind) for kind in TYPES}))
+        run(old, "write", tmp_path, tmp_path / "shapes.json")
+        train_tokenizer(demo_documents()).save_pretrained(tmp_path / "tokenizer")
+    exports, expected = {}, {}
+    for kind in TYPES:
+        folder = tmp_path / kind if origin == "4" else family(kind, **TYPES[kind])
+        if not (folder / "config.json").exists():  # a type that version 4 hasn't got
+            continue
+        if origin == "4":
+            shutil.copytree(tmp_path / "tokenizer", folder, dirs_exist_ok=True)
+            AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # as the class of the type has it
+        exports[kind] = export_checkpoint(
+            fabricated(tmp_path / "runs" / kind, folder), str(folder), tmp_path / f"x-{kind}"
+        )
+        expected[kind] = logits(folder)
+        assert torch.equal(logits(exports[kind]), expected[kind]), kind
+    found = {}
+    for name, variables in (("4.57", old), ("newest", newest)):
+        (tmp_path / name).mkdir()
+        run(variables, "read", tmp_path / name, *exports.values())
+        found[name] = {kind: torch.load(tmp_path / name / f"x-{kind}.pt") for kind in exports}
+    if origin == "4":  # what goes in is the model that version 4 has, too
+        run(old, "read", tmp_path, *(tmp_path / kind for kind in exports))
+    wrong = []
+    for kind in exports:
+        differences = {name: distance(found[name][kind], expected[kind]) for name in found}
+        if origin == "4":
+            differences["original"] = distance(torch.load(tmp_path / f"{kind}.pt"), expected[kind])
+        generations[origin, kind] = generations.get((origin, kind), {}) | differences
+        limit = TOLERANCE.get(kind, 1e-5)
+        wrong += [
+            f"{kind}, {name}: {d}"
+            for name, d in differences.items()
+            if d != "unknown" and (isinstance(d, str) or d > limit)
+        ]
+        for name in found:
+            ids = AutoTokenizer.from_pretrained(exports[kind])(found[name][kind]["text"])["input_ids"]
+            if found[name][kind].get("ids") != ids:
+                wrong.append(f"{kind}, {name}: tokenizer {found[name][kind].get('tokenizer_error', 'gives other ids')}")
+    assert not wrong, "\n".join(wrong)
+    assert [kind for kind in exports if generations[origin, kind]["4.57"] == "unknown"] == (
+        [] if origin == "4" else ["qwen3_5_text", "ministral3", "nanochat", "granite_swa"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_adapter_in_peft(family: Callable[..., Path], generations: dict, tmp_path: Path, kind: str) -> None:
+    """Random adapters on all linear layers: peft's own reading of them gives the logits of the merged export."""
+    folder, found = family(kind, **TYPES[kind]), {}
+    settings = dict(lora_rank=4, lora_alpha=16.0, lora_targets="all-linear", lora_dropout=0.1, model_name=str(folder))
+    tag = fabricated(tmp_path / "run", folder) / "step_00000001"
+    draw = torch.Generator().manual_seed(0)
+    layers = targets(ModelFacts.read(str(folder)).meta, "all-linear")
+    for name, (inputs, outputs) in layers.items():
+        found[f"{name}_lora.A"] = torch.randn(4, inputs, generator=draw) / inputs**0.5
+        found[f"{name}_lora.B"] = 0.1 * torch.randn(outputs, 4, generator=draw)
+    states = torch.load(tag / "mp_rank_00_model_states.pt")
+    buffers = {name: states["module"][name] for name, _ in load_model(str(folder), torch.float32).named_buffers()
+               if name in states["module"]}  # fmt: skip
+    torch.save(states | {"module": found | buffers}, tag / "mp_rank_00_model_states.pt")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="what it began with"):
+        out = export_checkpoint(tmp_path / "run", str(folder), tmp_path / "out")
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        before, merged = base(TOKENS, use_cache=False).logits, logits(out)
+        adapted = peft.PeftModel.from_pretrained(base, out / "adapter")(TOKENS, use_cache=False).logits
+    assert (merged - before).abs().max() > 0.1
+    generations["5", kind] = generations.get(("5", kind), {}) | {"peft": (adapted - merged).abs().max().item()}
+    torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
+
+
+def distance(found: dict[str, Any], expected: torch.Tensor) -> float | str:
+    """The largest difference of logits; what is wrong; "unknown" for a type that a version hasn't got."""
+    if "logits" in found:
+        return (found["logits"] - expected).abs().max().item()
+    return "unknown" if "does not recognize this architecture" in found["error"] else found["error"]
