@@ -14,7 +14,7 @@ from grid import ROOT, Run
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
-from tp2d_helpers.checkpoint.card import model_card, shown
+from tp2d_helpers.checkpoint.card import hub_id, model_card, shown
 from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.run_folder import write_manifest
 from tp2d_helpers.checkpoint.settings import record_run
@@ -100,3 +100,10 @@ def test_card_of_a_run(train: Train) -> None:
         assert part in text, part
     assert config.storage_path not in text and "/" not in text.split("## Settings")[1].split("##")[0]
     assert "None" not in text and "[" not in text, "no placeholders"
+
+
+def test_the_base_is_an_id_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder may look like an id."""
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [hub_id(name) for name in ("models/llama", str(tmp_path), "demo", "org/llama")] == [None] * 3 + ["org/llama"]
