@@ -13,7 +13,7 @@ template takes: in `chat_template_kwargs`, or as columns of their own.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from tp2d_helpers.data.bad_rows import BadRow
@@ -31,7 +31,8 @@ ROLES = {
 }  # fmt: skip
 SHAREGPT_TOOLS = {"observation": "tool", "tool_response": "tool", "function_response": "tool"}  # some templates' own
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the names of what an assistant thought before it answered
-LOSS = ("weight", "train", "training", "trainable", "loss")  # fields that say whether a turn is to be learnt
+LOSS = frozenset({"weight", "train", "training", "trainable", "loss"})  # fields that say whether a turn is to be learnt
+PLAIN, AS_IT_IS = {"role", "content"}, {"system", "user", "assistant", "tool"}
 LONG = 1000  # characters of a value that no template is given
 
 
@@ -59,7 +60,7 @@ def to_json(row: dict[str, Any], form: str, where: str) -> dict[str, str | None]
     Raises:
         BadRow: for a row that is no such chat, with what is wrong.
     """
-    text = json.dumps(asdict(_conversation(row, form)), ensure_ascii=False)
+    text = json.dumps(vars(_conversation(row, form)), ensure_ascii=False)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -132,6 +133,8 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRow("not_a_chat", f"{name} must have a role and a content, and is {_kind(message)}")
+    if message.keys() == PLAIN and message["role"] in AS_IT_IS and isinstance(message["content"], str):
+        return dict(message)  # most are, and the rest takes three times as long
     by = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
     role, content = message.get(by[0]), message.get(by[1])
     others = {field: value for field, value in message.items() if field not in by and value is not None}
@@ -190,7 +193,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 def _is_learnt(message: dict[str, Any], number: int) -> bool | None:
     """What the row says of a message's loss. The fields are taken out of it."""
-    said = {name: message.pop(name) for name in LOSS if name in message}
+    said = {name: message.pop(name) for name in LOSS.intersection(message)}
     for name, value in said.items():
         if value not in (0, 1):
             raise BadRow("not_a_chat", f"message {number}: {name!r} must be 0, 1, true or false, and is {_kind(value)}")
