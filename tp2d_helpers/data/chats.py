@@ -32,7 +32,7 @@ ROLES = {
 SHAREGPT_TOOLS = {"observation": "tool", "tool_response": "tool", "function_response": "tool"}  # some templates' own
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the names of what an assistant thought before it answered
 LOSS = frozenset({"weight", "train", "training", "trainable", "loss"})  # fields that say whether a turn is to be learnt
-PLAIN, AS_IT_IS = {"role", "content"}, {"system", "user", "assistant", "tool"}
+PLAIN, AS_IT_IS = {"role", "content"}, ("system", "user", "assistant", "tool")
 LONG = 1000  # characters of a value that no template is given
 
 
