@@ -1,4 +1,4 @@
-"""What rows say beside roles and contents: all of it reaches the template, or the row is refused, or that is counted."""
+"""What rows say beside roles and contents: it reaches the template, or the row is refused, or that is counted."""
 
 from __future__ import annotations
 
