@@ -24,7 +24,8 @@ CALL = {
     "function": {"name": "lookup", "arguments": {"word": "Kassel", "n": 7123457}},
 }
 TOOL = {"type": "function", "function": {"name": "lookup", "description": "Looks up.", "parameters": {
-    "type": "object", "properties": {"word": {"type": "string", "description": "which"}, "n": {"type": "integer"}}}}}  # fmt: skip
+    "type": "object", "properties": {"word": {"type": "string", "description": "which"},
+    "n": {"type": "integer"}}}}}  # fmt: skip
 RESULT = turn("tool", "A city.", name="lookup", tool_call_id="call00001")
 ASKED = [turn("user", "Who?"), turn("assistant", "Nobody.")]
 THOUGHT = [turn("user", "Who?"), turn("assistant", "Nobody.", reasoning_content="Hm.")]

@@ -37,7 +37,8 @@ WORDS = "think|tool_call|tool_response|s|sop|arg_key|arg_value|image|start_of_tu
 CONTROL = re.compile(rf"<[|\uff5c][^\s|\uff5c<>]+[|\uff5c]?>|<[a-z_]+\|>|</?(?:{WORDS})>|\[/?[A-Z_]+\]")
 # What ends an answer, by the folders that the models were published in. GLM's is the token of the next header.
 STOPS = {
-    "cohere": ["<|END_OF_TURN_TOKEN|>"], "deepseek": ["<\uff5cend▁of▁sentence\uff5c>"], "diffusion_gemma": ["<turn|>", "<|tool_response>"],
+    "cohere": ["<|END_OF_TURN_TOKEN|>"], "deepseek": ["<\uff5cend▁of▁sentence\uff5c>"],
+    "diffusion_gemma": ["<turn|>", "<|tool_response>"],
     "gemma4": ["<turn|>", "<|tool_response>"], "gemma": ["<end_of_turn>"],
     "glm4moe": ["<|user|>", "<|observation|>"], "gptoss": ["<|return|>", "<|call|>", "<|end|>"],
     "idefics3": ["<end_of_utterance>"], "smolvlm": ["<end_of_utterance>"], "lfm2": ["<|im_end|>"],
