@@ -1,7 +1,7 @@
 """Chats by every kind of tokenizer: all that an answer has is learnt, and nothing else.
 
-What is learnt is decoded by the tokenizer itself. Spaces aren't compared, as many tokenizers decode others than were there;
-letters are in lower case, as some write them.
+What is learnt is decoded by the tokenizer itself. Spaces aren't compared, as many tokenizers decode others than were
+there; letters are in lower case, as some write them.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def test_all_of_the_answers_is_learnt(name: tuple[str, str, str], data: st.DataO
     try:
         learnt, others = runs(encoder_of(*name), texts)
     except (BadRow, ConfigError) as error:
-        # tokenizers 0.23.3 takes the space that it put before a word off the word's place, too. Mostly another way is found.
+        # tokenizers 0.23.3 takes the space that it put before a word off the word's place, too. There's mostly another
+        # way.
         assert name[0] == "prefix, trimmed" and "no token ends after" in str(error)
         return
     assert len(learnt) == 2 and others.count("qrst") == 2, (learnt, others)

@@ -1,4 +1,4 @@
-"""What rows say beside roles and contents: all of it reaches the template, or the row is refused, or that is counted."""
+"""What rows say beside roles and contents: it reaches the template, or the row is refused, or that is counted."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tp2d_helpers.demo import demo_documents, train_tokenizer
 TOOL = {"type": "function", "function": {
     "name": "lookup", "description": "Looks a word up.", "parameters": {"type": "object", "properties": {
         "word": {"type": "string", "description": "which"}}}}}  # fmt: skip
+RESULT = {"role": "tool", "content": "A."}
 EMPTY = "<think>\n\n</think>\n\n"  # Qwen3's, where there is no thought
 
 
@@ -89,7 +90,7 @@ def test_flags_leave_no_trace() -> None:
 @pytest.mark.parametrize("content, found", [
     ([{"type": "text", "text": "No"}, {"type": "text", "text": "body."}], EMPTY + "Nobody."),
     (["Nobody."], EMPTY + "Nobody."), ([{"text": "Nobody.", "image": None}], EMPTY + "Nobody."),
-    ([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Nobody."}], "<think>\nHm.\n</think>\n\nNobody."),
+    ([{"type": "thinking", "thinking": "Hm."}, {"text": "Nobody."}], "<think>\nHm.\n</think>\n\nNobody."),
     ("", EMPTY), (" \n", EMPTY + " \n"), ("None null [] {}", EMPTY + "None null [] {}"),
     ("<think>Hm.</think>Nobody.", "<think>\nHm.\n</think>\n\nNobody."),
 ])  # fmt: skip
@@ -147,7 +148,8 @@ def test_calls_in_every_form(name: str) -> None:
     result, forms = {"role": "tool", "content": "A."}, []
     for calls in (
         {"tool_calls": [call({"word": "w"})]}, {"tool_calls": [call('{"word": "w"}')]},
-        {"tool_calls": [{"name": "lookup", "arguments": {"word": "w"}}]}, {"tool_calls": json.dumps([call({"word": "w"})])},
+        {"tool_calls": [{"name": "lookup", "arguments": {"word": "w"}}]},
+        {"tool_calls": json.dumps([call({"word": "w"})])},
         {"function_call": {"name": "lookup", "arguments": '{"word": "w"}'}, "tool_calls": []},
         {"tool_calls": [call({"word": "w"}, id=None, index=None)], "function_call": None, "reasoning_content": None},
     ):  # fmt: skip
@@ -169,9 +171,9 @@ def test_calls_in_every_form(name: str) -> None:
     (chat(tools=[{"type": "function"}]), "not_a_chat: tools: a tool must have a name"),
     (chat(chat_template_kwargs=[1]), "not_a_chat: chat_template_kwargs must be an object, and is list"),
     (chat(documents=[{"title": "T", "text": "Text."}]), "not_written: documents: the chat template leaves it out: "),
-    (chat({"role": "system", "content": "S"}, user(), answer(), system="T"), "not_a_chat: a column system beside a system"),
-    (chat(user(), answer(None, tool_calls=[call([1])])), "not_a_chat: message 2 of messages: a call's arguments must be"),
-    (chat(user(), answer(None, tool_calls=[{"type": "function"}])), "not_a_chat: message 2 of messages: a call must have"),
+    (chat({"role": "system", "content": "S"}, user(), answer(), system="T"), "not_a_chat: a column system beside"),
+    (chat(user(), answer(None, tool_calls=[call([1])])), "not_a_chat: message 2 of messages: a call's arguments"),
+    (chat(user(), answer(None, tool_calls=[{"type": "function"}])), "not_a_chat: message 2 of messages: a call must"),
     (chat(user(), None), "not_a_chat: message 2 of messages must have a role and a content, and is missing"),
     (chat([user(), answer()]), "not_a_chat: message 1 of messages must have a role and a content, and is list"),
 ])  # fmt: skip
@@ -189,7 +191,8 @@ def test_system_as_a_column() -> None:
 
 @pytest.mark.parametrize("columns", [
     {"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}},
-    {"chat_template_kwargs": '{"enable_thinking": false}'}, {"chat_template_kwargs": {"enable_thinking": False, "x": None}},
+    {"chat_template_kwargs": '{"enable_thinking": false}'},
+    {"chat_template_kwargs": {"enable_thinking": False, "x": None}},
 ])  # fmt: skip
 def test_arguments_of_the_template(columns: dict[str, Any]) -> None:
     """A prompt without thinking ends in an empty thought, which is no part of the answer."""
@@ -247,6 +250,8 @@ def test_templates_by_name() -> None:
     encoder = encoder_by(named)
     assert str(learn(encoder, chat())).startswith("D:<|im_start|>user")
     assert str(learn(encoder, chat(tools=[TOOL]))).startswith("T:lookup")
+    with pytest.raises(BadRow, match=r"no default specified.*\['tool_use'\]"):
+        encoded(encoder_by({"tool_use": body}), chat())
 
 
 def test_a_template_that_writes_the_date() -> None:
@@ -257,15 +262,15 @@ def test_a_template_that_writes_the_date() -> None:
 
 @pytest.mark.parametrize("name, messages, parts", [
     ("glm4moe", [user(), answer(), user(), answer()], ["\n<think></think>\nNobody.<|user|>"] * 2),
-    ("glm4moe", [user(), answer("", tool_calls=[call({})]), {"role": "tool", "content": "A."}, answer("B.")],
+    ("glm4moe", [user(), answer("", tool_calls=[call({})]), RESULT, answer("B.")],
      ["\n<think></think>\n<tool_call>lookup\n</tool_call><|observation|>", "\n<think></think>\nB.<|user|>"]),
-    ("llama3_1", [user(), answer(None, tool_calls=[call({"word": "w"})]), {"role": "tool", "content": "A."}, answer("B.")],
+    ("llama3_1", [user(), answer(None, tool_calls=[call({"word": "w"})]), RESULT, answer("B.")],
      ['{"name": "lookup", "parameters": {"word": "w"}}<|eot_id|>', "B.<|eot_id|>"]),
     ("gptoss", [user(), answer("B.", thinking="Hm.")],
      ["<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>B.<|return|>"]),
     ("gptoss", [user(), answer(), user(), answer()],
      ["<|channel|>final<|message|>Nobody.<|end|>", "<|channel|>final<|message|>Nobody.<|return|>"]),
-    ("gemma4", [user(), answer(None, tool_calls=[call({"word": "w"})]), {"role": "tool", "content": "A."}, answer("B.")],
+    ("gemma4", [user(), answer(None, tool_calls=[call({"word": "w"})]), RESULT, answer("B.")],
      ['<|tool_call>call:lookup{word:<|"|>w<|"|>}<tool_call|><|tool_response>', "B.<turn|>"]),
 ])  # fmt: skip
 def test_how_answers_end(name: str, messages: list[dict[str, Any]], parts: list[str]) -> None:
