@@ -11,9 +11,10 @@ import datasets
 import pytest
 from templates_of import encoded, encoder_of, learn, speaking, tokenizer_of
 
+from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
-from tp2d_helpers.data.chats import LOSS
+from tp2d_helpers.data.chats import LOSS, from_json, to_json
 from tp2d_helpers.data.tokens import prepare_tokens
 from tp2d_helpers.demo import demo_documents, train_tokenizer
 
@@ -217,7 +218,6 @@ def test_nothing_is_said() -> None:
         assert found[0].ids == found[1].ids == found[2].ids and not any(each.notes for each in found)
 
 
-@pytest.mark.xfail(strict=True, reason="arrow gives every call the arguments of all, as nulls, and they are learnt")
 def test_calls_with_other_arguments_in_a_table(cache: Path, tmp_path: Path) -> None:
     """What is in a parquet file is what is in the same file as JSON."""
     tokenizer_of("qwen3").save_pretrained(tmp_path / "tokenizer")
@@ -229,6 +229,41 @@ def test_calls_with_other_arguments_in_a_table(cache: Path, tmp_path: Path) -> N
         folder = prepare_tokens(str(tmp_path / "tokenizer"), str(tmp_path / name))
         found.append([read_segments(folder, tokenizer_of("qwen3"), number) for number in (0, 1)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("arguments", ["not json", "[1]", '"text"', "{'word': 'w'}"])
+def test_arguments_that_are_no_object(arguments: str) -> None:
+    """Some templates write any text; what they would teach is no call."""
+    for name in ("qwen3", "llama3_1"):
+        found = refusal(name, chat(user(), answer(None, tool_calls=[call(arguments)])))
+        assert found.startswith("not_a_chat: message 2") and "arguments must be a JSON object" in found
+
+
+def test_tools_among_the_arguments_of_the_template() -> None:
+    inside = learn(encoder_of("qwen3"), chat(chat_template_kwargs={"tools": [TOOL], "enable_thinking": False}))
+    assert str(inside) == str(learn(encoder_of("qwen3"), chat(tools=[TOOL], enable_thinking=False)))
+
+
+def test_a_long_column_that_the_template_takes() -> None:
+    assert "column enable_thinking: the template takes it, and it is longer than 1000" in refusal(
+        "qwen3", chat(enable_thinking="yes " * 300)
+    )
+
+
+def test_thoughts_of_a_user() -> None:
+    """They are a field that no template writes, and not an earlier answer's."""
+    notes = (
+        encoder_of("qwen3")
+        .answers.find(from_json(to_json(chat(user(reasoning_content="Hm."), answer()), "messages", "")["messages"]))
+        .notes
+    )
+    assert notes == {"fields that the template doesn't write: reasoning_content": 1}
+
+
+def test_an_answer_after_an_answer_where_headers_end_them() -> None:
+    """The assistant's own header is not what ends its answer."""
+    text = str(learn(encoder_of("glm4moe"), chat(user(), answer("One."), answer("Two."))))
+    assert "One.⟧<|assistant|>⟦" in text and text.endswith("Two.<|user|>⟧")
 
 
 # Templates.
@@ -250,8 +285,8 @@ def test_templates_by_name() -> None:
     encoder = encoder_by(named)
     assert str(learn(encoder, chat())).startswith("D:<|im_start|>user")
     assert str(learn(encoder, chat(tools=[TOOL]))).startswith("T:lookup")
-    with pytest.raises(BadRow, match=r"no default specified.*\['tool_use'\]"):
-        encoded(encoder_by({"tool_use": body}), chat())
+    with pytest.raises(ConfigError, match="none by default; set chat_template to one of .tool_use."):
+        encoder_by({"tool_use": body})
 
 
 def test_a_template_that_writes_the_date() -> None:

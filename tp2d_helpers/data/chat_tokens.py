@@ -92,7 +92,12 @@ class ChatEncoder:
         """What is to be said of it: the format, what has loss, how answers end, the control tokens that are missing."""
         date = self.template.day.date().isoformat() if writes_date(self.text.tokenizer) else ""
         stop = self.text.tokenizer.decode([self.ends.token]) if self.ends.token is not None else ""
-        ends = {"ends": self.ends.how, "stop": stop, "absent": self.absent}
+        ends = {
+            "ends": self.ends.how,
+            "stop": stop,
+            "absent": self.absent,
+            "headed": self.answers.headed(self.ends.written),
+        }
         return {"format": self.form, "loss_on": self.loss_on, "date": date, **ends}
 
     def cuts(self, chat: Text, size: int) -> Iterator[int]:

@@ -43,7 +43,7 @@ class Conversation:
     Attributes:
         prompt: the number of messages that the answers to be learnt come after; 0 if every answer is one of them.
         learnt: for each message, what the row says of its loss; None if it says nothing.
-        more: what other columns have; a template is given those that it takes.
+        more: what other columns have; a template is given those that it takes. None stands for what is too long.
     """
 
     messages: list[dict[str, Any]]
@@ -89,16 +89,16 @@ def _conversation(row: dict[str, Any], form: str) -> Conversation:
         found.messages.insert(0, {"role": "system", "content": system})
         found.learnt.insert(0, None)
         found.prompt += form == PAIRS
+    if not isinstance(arguments := _decoded(row.pop("chat_template_kwargs", None)) or {}, dict):
+        raise BadRow("not_a_chat", f"chat_template_kwargs must be an object, and is {_kind(arguments)}")
+    beside = {name: value for name, value in row.items() if value is not None} | arguments
     for name in ("tools", "functions"):
-        if value := _decoded(row.pop(name, None)):
+        if value := _decoded(beside.pop(name, None)):
             if not isinstance(value, list):
                 raise BadRow("not_a_chat", f"{name} must be a list, and is {_kind(value)}")
             found.tools += map(_decoded, value)
-    found.documents = _decoded(row.pop("documents", None)) or []
-    if not isinstance(arguments := _decoded(row.pop("chat_template_kwargs", None)) or {}, dict):
-        raise BadRow("not_a_chat", f"chat_template_kwargs must be an object, and is {_kind(arguments)}")
-    found.more = {**arguments, **row}
-    found.more = {name: v for name, v in found.more.items() if v is not None and len(str(v)) <= LONG}
+    found.documents = _decoded(beside.pop("documents", None)) or []
+    found.more = {name: value if len(str(value)) <= LONG else None for name, value in beside.items()}
     return found
 
 
@@ -187,6 +187,8 @@ def _call(call: Any, name: str) -> dict[str, Any]:
     arguments = inner.pop("arguments", inner.pop("parameters", {}))
     if not isinstance(arguments, dict | str):
         raise BadRow("not_a_chat", f"{name}: a call's arguments must be an object, and are {_kind(arguments)}")
+    if arguments and not isinstance(_decoded(arguments), dict):
+        raise BadRow("not_a_chat", f"{name}: a call's arguments must be a JSON object, and are {_kind(arguments)}")
     function = {"name": inner.pop("name"), "arguments": arguments or {}, **inner}
     return {**outer, "type": outer.get("type", "function"), "function": function}
 

@@ -185,6 +185,8 @@ def describe_chats(data: TokenDataset) -> tuple[list[str], list[str]]:
         chosen = f"loss on the assistant's turns, which end in {end!r} ({ends}): {example!r}"
         if not meta["stop"]:
             chosen = "loss on the assistant's turns, which end in no token: the tokenizer has none"
+    if not meta["headed"]:
+        chosen += "; headers have loss, too, as the chat template takes no add_generation_prompt"
     if meta["date"]:
         chosen += f"; the chat template writes the date, {meta['date']} (chat_date)"
     if meta["absent"]:

@@ -17,7 +17,7 @@ from tp2d_helpers.data.chat.forms import KEY, VALUE, Forms
 from tp2d_helpers.data.chat.marks import NOWHERE, Rendered
 from tp2d_helpers.data.chat.template import ChatTemplate
 from tp2d_helpers.data.chat.written import OPENED, check_written
-from tp2d_helpers.data.chats import Conversation
+from tp2d_helpers.data.chats import LONG, Conversation
 
 WAYS_OUT = "set chat_template to a .jinja file that marks the assistant's turns by {% generation %}"
 
@@ -58,10 +58,22 @@ class Answers:
                 wrong = error if wrong.kind == "refused" else wrong
         raise wrong
 
+    def headed(self, written: str) -> bool:
+        """Whether no header has loss: one has if the template doesn't write it where an answer is asked for.
+
+        Args:
+            written: the answer "b", as the template writes it, without what a prompt ends with.
+        """
+        return "add_generation_prompt" in self.template.everything or written.startswith("b")
+
     def _options(self, conversation: Conversation) -> tuple[dict[str, Any], Counter]:
         """(what the template is given besides the messages, what it isn't)."""
         takes = self.template.variables
         options = {name: value for name, value in conversation.more.items() if name in takes}
+        if long := [name for name, value in options.items() if value is None]:
+            raise BadRow(
+                "not_written", f"column {long[0]}: the template takes it, and it is longer than {LONG} characters"
+            )
         unused = Counter(f"columns that the template doesn't take: {n}" for n in conversation.more if n not in takes)
         if conversation.tools:
             options["tools"] = conversation.tools

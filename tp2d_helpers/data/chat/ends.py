@@ -24,6 +24,7 @@ class Ends:
         token: what ends the last answer of a conversation; None if nothing does.
         written: an answer, as the template writes it.
         how: "template", "header" (the token that the next one begins with) or "tokenizer".
+        header: the token before an answer, with which the next header must not begin to end one.
         control: the tokenizer's added tokens, but for spaces and the one for what is unknown.
     """
 
@@ -32,7 +33,7 @@ class Ends:
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
         unknown = {tokenizer.unk_token_id} - self.stops  # GPT-2's is its end-of-text token, too
         self.control = {number for number, token in added if not token.content.isspace()} - unknown
-        self.how, self.token, self.written = "tokenizer", tokenizer.eos_token_id, ""
+        self.how, self.token, self.written, self.header = "tokenizer", tokenizer.eos_token_id, "", None
         for messages in answers.forms.plain():
             try:
                 found = answers.find(Conversation(messages))
@@ -44,7 +45,8 @@ class Ends:
     def _learn(self, places: Places, found: Answered) -> None:
         """See what ends the answers of a conversation."""
         for (begin, end), part in zip(found.spans, found.ends, strict=True):
-            last = self._trimmed(places, begin, end)[1]
+            first, last = self._trimmed(places, begin, end)
+            self.header = int(places.ids[first - 1]) if first else None
             own = places.tokens(begin, part, self.control)[1]  # marks may leave the message's stop token out
             ended, after = int(places.ids[last - 1]), int(places.ids[last]) if last < len(places.ids) else None
             if ended in self.control or (after in self.control and last < own):
@@ -67,7 +69,8 @@ class Ends:
             open_end = ended not in self.control or self.how == "header"
             if ended not in self.stops and last < len(ids):
                 after = int(ids[last])
-                last += after in self.control and (self.how == "header" or after in self.stops)
+                by_header = self.how == "header" and after != self.header  # another answer may follow, by its own
+                last += after in self.control and (by_header or after in self.stops)
             elif ended not in self.stops and open_end and self.token is not None:
                 added = [self.token]
             mask[first:last] = True

@@ -113,7 +113,7 @@ def _said(message: dict[str, Any]) -> list[tuple[str, Any]]:
                 thought = OPENED.split(text[: closed[-1].start()])
                 found += [("thought", part) for part in thought if part.strip()]
             found.append(("content", text[closed[-1].end() :] if closed else text))
-        elif field in THOUGHTS and isinstance(value, str):
+        elif field in THOUGHTS and isinstance(value, str) and message["role"] == "assistant":
             found.append(("thought", value))
         elif field == "tool_calls":
             for call in value:
