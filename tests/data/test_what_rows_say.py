@@ -285,7 +285,7 @@ def test_templates_by_name() -> None:
     encoder = encoder_by(named)
     assert str(learn(encoder, chat())).startswith("D:<|im_start|>user")
     assert str(learn(encoder, chat(tools=[TOOL]))).startswith("T:lookup")
-    with pytest.raises(ConfigError, match="none by default; set chat_template to one of .tool_use."):
+    with pytest.raises(ConfigError, match="several chat templates, none by default; set"):
         encoder_by({"tool_use": body})
 
 
