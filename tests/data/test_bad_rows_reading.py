@@ -174,7 +174,8 @@ def test_json_over_several_lines(tmp_path: Path) -> None:
     ("a.json", b'[{"text": "a"}, {"text": "b', "Unterminated string"),
     ("a.jsonl", b'{"body": "a"}\n{', "text_column = 'text'"),
     ("a.jsonl", b'{"text": 1}\n{"text": "a"}', "text_column = 'text': line 1 of .*it must hold text, and is int"),
-])  # fmt: skip
+], ids=["other text", "an array", "UTF-16", "cut off", "LFS pointer", "half an array", "no column", "numbers"],
+)  # fmt: skip
 def test_files(tmp_path: Path, name: str, content: bytes, why: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=why):
