@@ -120,7 +120,7 @@ def test_drawn_chats(name: str, chat: Drawn) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, **DRAWN)
+@settings(max_examples=20, **DRAWN)
 @given(chat=chats())
 def test_many_drawn_chats(name: str, chat: Drawn) -> None:
     found = tried(name, chat)

@@ -48,7 +48,11 @@ def test_files_and_rows(run: Callable[..., Config], tmp_path: Path) -> None:
     steps, found, chosen = checked(run(dataset_name=str(tmp_path / "data"), eval_samples=2, packing=False))
     assert "data: files used 3 of 5 (not README.md, test.jsonl), rows without text 6 of 33, " in found
     assert "27 padded samples of 16" in found
-    assert steps == 25 and chosen == "25 steps per epoch, 1 samples each; 2 samples held out, of 2 documents"
+    assert (
+        steps == 25
+        and chosen
+        == "25 steps per epoch, 1 samples each; documents end in '<|endoftext|>'; 2 samples held out, of 2 documents"
+    )
 
 
 def test_a_single_file(run: Callable[..., Config], tmp_path: Path) -> None:
@@ -65,11 +69,13 @@ def test_long_documents_lose_their_ends(run: Callable[..., Config], tmp_path: Pa
     write_rows(tmp_path / "data.jsonl", "a short one", "a long one " * 40, *(f"line {j}" for j in range(9)))
     config = run(dataset_name=str(tmp_path / "data.jsonl"))
     _, found, chosen = checked(config)
-    assert "packed samples of 16" in found and chosen.endswith("1 samples each")
+    assert "packed samples of 16" in found and chosen.endswith("1 samples each; documents end in '<|endoftext|>'")
     _, found, chosen = checked(config.change(packing="documents"))
     assert re.search(r"; whole documents packed, kept apart by a mask, \d+\.\d% padding; ", chosen)
     tokens, lost = re.search(r"([\d,]+) tokens", found)[1], re.search(r"([\d.]+)% of the tokens lost, as 1 doc", chosen)
-    assert float(lost[1]) > 50 and int(tokens) > 16 and chosen.endswith(" longer than 16 (packing = True keeps them)")
+    assert (
+        float(lost[1]) > 50 and int(tokens) > 16 and " longer than 16 (packing = True keeps them); documents" in chosen
+    )
     _, _, chosen = checked(config.change(packing="documents", seq_length=256))
     assert "lost" not in chosen
 
@@ -83,7 +89,10 @@ def test_a_dataset_of_its_own_to_evaluate_on(
     config = config.change(eval_dataset_name=str(tmp_path / "test.jsonl"))
     steps, found, chosen = checked(config)
     assert steps == 9 and "9 padded samples of 16" in found
-    assert chosen == f"9 steps per epoch, 1 samples each; evaluated on 3 of 5 samples of {tmp_path}/test.jsonl"
+    assert chosen == (
+        "9 steps per epoch, 1 samples each; documents end in '<|endoftext|>'; "
+        f"evaluated on 3 of 5 samples of {tmp_path}/test.jsonl"
+    )
     with pytest.raises(ConfigError, match=r"eval_samples = 6: eval_dataset_name = '.*' has 5 samples of 16 tokens"):
         checked(config.change(eval_samples=6))
     monkeypatch.setattr(cache_folders, "damage", lambda folder: "")  # else it would be made anew

@@ -195,7 +195,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 def _is_learnt(message: dict[str, Any], number: int) -> bool | None:
     """What the row says of a message's loss. The fields are taken out of it."""
-    said = {name: message.pop(name) for name in LOSS.intersection(message)}
+    said = {name: message.pop(name) for name in sorted(LOSS.intersection(message))}
     for name, value in said.items():
         if value not in (0, 1):
             raise BadRow("not_a_chat", f"message {number}: {name!r} must be 0, 1, true or false, and is {_kind(value)}")
