@@ -80,7 +80,7 @@ def measured(folder: Path) -> dict[str, float]:
         roles = ("user", "assistant")
         chats.append({"messages": [{"role": roles[j % 2], "content": text} for j, text in enumerate(contents)]})
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    whole = [{"text": text} for text in documents for _ in range(3)]
+    whole = [{"text": text} for text in documents for _ in range(12)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
     rates, tokens.SMALL = {}, 10**12  # one process, whatever the size
     for name, characters in (("text", sum(len(row["text"]) for row in whole)), ("chats", size)):
