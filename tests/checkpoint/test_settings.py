@@ -153,7 +153,8 @@ def test_every_setting_counts_or_is_refused(first: Config) -> None:
                    optimizations="none", keep_checkpoints_by="loss", text_files="paragraph", zero_stage=2,
                    dp_size=1, batch_size_per_gpu=1, loss_on="all", learning_rate_schedule="linear",
                    min_learning_rate=1e-6, trackers="none", packing=False, lora_dropout=0.1,
-                   global_batch_size=4, gradient_dtype="fp32")  # fmt: skip
+                   global_batch_size=4, gradient_dtype="fp32", chat_date="2026-01-01",
+                   leave_out_rows="no_answer")  # fmt: skip
     needs = dict(min_learning_rate=dict(learning_rate_schedule="linear"))
     for name, value in first.model_dump().items():
         if name in ("storage_path", "experiment_name"):

@@ -502,8 +502,8 @@ def test_no_text(refused: Callable[..., None], tmp_path: Path, rows: list[dict[s
 def test_column_that_is_no_text(refused: Callable[..., None], tmp_path: Path) -> None:
     refused(
         "text_column = 'text'",
-        "in row 1 of",
-        "it is int",
+        "line 1 of",
+        "it must hold text, and is int",
         dataset_name=lines(tmp_path / "data.jsonl", *[{"text": 5}] * 3),
     )
 
