@@ -19,7 +19,7 @@ from ci.notebook.cells import code_cells, failed_cells, tagged
 
 RESUMED_EPOCHS = 1  # the notebook continues its run for one epoch more
 MOST_LAUNCH_LINES = 40
-PLANNED_STEPS = re.compile(r"^\| data \|.*\| (\d+) steps? per epoch\b[^|]*\|$", re.MULTILINE)
+PLANNED_STEPS = re.compile(r"^\| data \|.*\| (\d+) steps? per epoch\b(?:[^|\\]|\\.)*\|$", re.MULTILINE)
 
 
 class Check(NamedTuple):
