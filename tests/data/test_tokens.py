@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import time
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,21 @@ def test_python_memory_does_not_grow_with_documents(tokenizer: str, tmp_path: Pa
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_tokens_belong_to_what_made_them(cache: Path, speaker: Callable, tmp_path: Path) -> None:
+    """The same contents elsewhere are the same tokens; another template, stop token or date that is written is not."""
+    one = Path(speaker("chatml"))
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    first = prepare_tokens(str(one), str(path), chat_date="2026-01-01")
+    shutil.copytree(one, tmp_path / "copy")
+    assert prepare_tokens(str(tmp_path / "copy"), str(path), chat_date="2026-01-02") == first
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    assert prepare_tokens(str(tmp_path / "copy"), str(path)) != first
+    template = one / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y') }}" + template.read_text())
+    dated = prepare_tokens(str(one), str(path), chat_date="2026-01-01")
+    assert dated not in (first, prepare_tokens(str(one), str(path), chat_date="2026-01-02"))
+    assert prepare_tokens(str(one), str(path), chat_date="2026-01-01") == dated

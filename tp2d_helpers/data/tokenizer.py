@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tokenizers
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from tp2d_helpers.config import ConfigError, reason
@@ -72,11 +72,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def stop_tokens(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that a model's generation ends at, by the folder that its tokenizer came from."""
+    try:
+        known = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    except Exception:  # there is none, or it can't be read: other checks say so
+        known = None
+    found = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}
+    return found - {None}
+
+
 def fingerprint(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """A hash of all that tokens and rendered chats depend on, wherever it was loaded from."""
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     added = sorted((number, repr(token)) for number, token in tokenizer.added_tokens_decoder.items())
     found = [type(tokenizer).__name__, vocabulary, added, tokenizer.special_tokens_map, tokenizer.chat_template]
+    found.append(sorted(stop_tokens(tokenizer)))  # some chats' answers end in them
     return hashlib.sha256(json.dumps(found, default=str).encode(errors="replace")).hexdigest()
 
 

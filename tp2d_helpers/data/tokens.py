@@ -67,18 +67,10 @@ def prepare_tokens(
     """
     tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
     chat_date = today() if chat_date in ("", "auto") else chat_date
-    versions = [
-        LAYOUT,
-        transformers.__version__,
-        tokenizers.__version__,
-        platform.python_version(),
-    ]  # the demo is Python's
-    request = [dataset_name, dataset_config, text_column, dataset_percentage, text_files, loss_on, *versions]
-    request += [
-        fingerprint(tokenizer),
-        chat_date if writes_date(tokenizer) else "",
-        source_stamp(dataset_name, dataset_config),
-    ]
+    versions = [LAYOUT, transformers.__version__, tokenizers.__version__, platform.python_version()]
+    source = [dataset_name, dataset_config, text_column, dataset_percentage, text_files]
+    made_of = [source_stamp(dataset_name, dataset_config), fingerprint(tokenizer)]  # the demo's text comes with Python
+    request = [source, made_of, loss_on, chat_date if writes_date(tokenizer) else "", versions]
     key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
 
     def build(folder: Path) -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import transformers
-from transformers import GenerationConfig
 
 from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat.answers import Answered, Answers
 from tp2d_helpers.data.chats import Conversation
 from tp2d_helpers.data.places import Places
 from tp2d_helpers.data.text_tokens import TextEncoder
+from tp2d_helpers.data.tokenizer import stop_tokens
 
 
 class Ends:
@@ -29,7 +29,7 @@ class Ends:
     """
 
     def __init__(self, answers: Answers, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.stops, self.spaces = tokenizer, _stops(tokenizer), {}
+        self.tokenizer, self.stops, self.spaces = tokenizer, stop_tokens(tokenizer), {}
         added = tokenizer.added_tokens_decoder.items()  # Gemma's have line breaks among them
         unknown = {tokenizer.unk_token_id} - self.stops  # GPT-2's is its end-of-text token, too
         self.control = {number for number, token in added if not token.content.isspace()} - unknown
@@ -89,13 +89,3 @@ class Ends:
         if token not in self.spaces:
             self.spaces[token] = not self.tokenizer.decode([token]).strip()  # metaspaces alone are decoded to nothing
         return self.spaces[token]
-
-
-def _stops(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that a model's generation ends at, by its folder."""
-    try:
-        known = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
-    except Exception:  # there is none, or it can't be read: other checks say so
-        known = None
-    found = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id}
-    return found - {None}
