@@ -36,14 +36,15 @@ def main() -> None:
         print(json.dumps(measured(given.measure)))
         return
     here = Path(__file__).resolve().parents[2]
-    found = {}
+    found: dict[Path, dict[str, float]] = {}
     for _ in range(given.times):
         for checkout in (here, *given.checkouts):
+            best = found.setdefault(checkout, {})
             for name, value in _in_a_process(checkout.resolve()).items():
-                best = found.setdefault(_commit(checkout), {})
                 best[name] = max(best.get(name, 0), value)
     results = {"date": time.strftime("%Y-%m-%d"), "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)),
-               "python": platform.python_version(), "versions": _versions(), "found": found}  # fmt: skip
+               "python": platform.python_version(), "versions": _versions(),
+               "here": found.pop(here), "others": {_commit(path): rates for path, rates in found.items()}}  # fmt: skip
     print(json.dumps(results, indent=1))
     if given.results:
         given.results.write_text(json.dumps(results, indent=1) + "\n")
@@ -54,8 +55,9 @@ def _in_a_process(checkout: Path) -> dict[str, float]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "TP2D_CACHE": f"{folder}/cache",
-                       "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # fmt: skip
+        path = os.pathsep.join([str(checkout), *sys.path[1:]])
+        environment = {**os.environ, "PYTHONPATH": path, "TP2D_CACHE": f"{folder}/cache", "HF_HUB_OFFLINE": "1",
+                       "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # fmt: skip
         command = [sys.executable, __file__, "--measure", folder]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=folder)
     return json.loads(done.stdout.splitlines()[-1])
