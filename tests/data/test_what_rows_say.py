@@ -68,7 +68,7 @@ def test_flags(flag: str, value: Any, parts: int) -> None:
 
 
 @pytest.mark.parametrize("messages, reason", [
-    ([user(), answer(weight="0")], "not_a_chat: message 2: 'weight' must be 0, 1, true or false, and is str ('0')"),
+    ([user(), answer(weight="no")], "not_a_chat: message 2: 'weight' must be 0, 1, true or false, and is str ('no')"),
     ([user(), answer(weight=0.5)], "not_a_chat: message 2: 'weight' must be 0, 1, true or false, and is float ('0.5')"),
     ([user(), answer(weight=1, train=False)], "not_a_chat: message 2: train and weight contradict each other"),
     ([user(weight=1), answer()], "not_a_chat: message 1 (user): only an assistant's turn can be learnt"),

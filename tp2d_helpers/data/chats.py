@@ -30,7 +30,10 @@ ROLES = {
     "tool_call": "call", "tool": "tool", "function": "tool",
 }  # fmt: skip
 SHAREGPT_TOOLS = {"observation": "tool", "tool_response": "tool", "function_response": "tool"}  # some templates' own
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the names of what an assistant thought before it answered
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call an assistant's thoughts
+OTHER_THOUGHTS = ("thought", "thoughts", "reasoning_details")  # and data, besides
+PARTLY = ("train_detail", "train_on_turn", "mask", "learn")  # fields that say in another way what is to be learnt
+NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")  # columns of what no text model is given
 LOSS = frozenset({"weight", "train", "training", "trainable", "loss"})  # fields that say whether a turn is to be learnt
 PLAIN, AS_IT_IS = {"role", "content"}, ("system", "user", "assistant", "tool")
 LONG = 1000  # characters of a value that no template is given
@@ -83,9 +86,12 @@ def _conversation(row: dict[str, Any], form: str) -> Conversation:
     else:
         found = Conversation(_messages(_decoded(columns[0]), form))
     found.learnt = [_is_learnt(message, i) for i, message in enumerate(found.messages, 1)]
-    if system := row.pop("system", None):
-        if not isinstance(system, str) or found.messages[0]["role"] == "system":
-            raise BadRow("not_a_chat", "a column system beside a system message; one of them must be enough")
+    if other := next((name for name in NOT_TEXT if row.get(name)), None):
+        raise BadRow("not_written", f"column {other}: only text is trained on")
+    first = found.messages[0] if found.messages[0]["role"] == "system" else None
+    if (system := row.pop("system", None)) and not (first and first["content"] == system):
+        if not isinstance(system, str) or first:
+            raise BadRow("not_a_chat", "a column system beside another system message; one of them must be enough")
         found.messages.insert(0, {"role": "system", "content": system})
         found.learnt.insert(0, None)
         found.prompt += form == PAIRS
@@ -107,7 +113,7 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -135,23 +141,33 @@ def _message(message: Any, name: str) -> dict[str, Any]:
         raise BadRow("not_a_chat", f"{name} must have a role and a content, and is {_kind(message)}")
     if message.keys() == PLAIN and message["role"] in AS_IT_IS and isinstance(message["content"], str):
         return dict(message)  # most are, and the rest takes three times as long
-    by = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    by = ("from", "value") if "from" in message and message.get("role") is None else ("role", "content")
     role, content = message.get(by[0]), message.get(by[1])
     others = {field: value for field, value in message.items() if field not in by and value is not None}
+    if by[0] == "from":
+        others = {field: value for field, value in others.items() if field not in ("role", "content")}
+    if other := next((field for field in PARTLY if field in others), None):
+        raise BadRow("not_a_chat", f"{name}: {other!r} isn't understood; weight or train switch a whole turn on or off")
     if not isinstance(role, str) or not role:
         raise BadRow("not_a_chat", f"{name}: {by[0]!r} must be text, and is {_kind(role)}")
     names = ROLES | (SHAREGPT_TOOLS if by[0] == "from" else {})
     role = names.get(role.strip().lower(), role)
     calls = _decoded(others.pop("tool_calls", None)) or []
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise BadRow("not_a_chat", f"{name}: tool_calls must be a list, and is {_kind(calls)}")
     if call := _decoded(others.pop("function_call", None)):
         calls = [*calls, call]
     if role == "call":  # ShareGPT's, whose value is the call
         role, found = "assistant", _decoded(content)
-        if found is not content:
-            calls, content = [*calls, *(found if isinstance(found, list) else [found])], None
+        if found is content:
+            raise BadRow("not_a_chat", f"{name}: a call must be JSON, and is {_kind(content)}")
+        calls, content = [*calls, *(found if isinstance(found, list) else [found])], None
     others |= {"tool_calls": [_call(call, name) for call in calls]} if calls else {}
     if isinstance(content, list):
         content = _text_of_parts(content, others, f"{name}: {by[1]!r}")
+    if role == "assistant":
+        _one_thought(others, name)
     if content is None and role == "assistant" and (calls or any(others.get(thought) for thought in THOUGHTS)):
         return {"role": role, "content": None, **others}
     if not isinstance(content, str):
@@ -164,14 +180,33 @@ def _text_of_parts(parts: list[Any], others: dict[str, Any], name: str) -> Any:
     texts, thoughts = [], []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        kind = kind if isinstance(kind, str) else str(kind)
         text = part if isinstance(part, str) else part.get(kind, part.get("text")) if isinstance(part, dict) else None
-        if kind not in ("text", "thinking", "reasoning") or not isinstance(text, str):
+        if not isinstance(text, str) or kind not in ("text", "thinking", "reasoning"):
             raise BadRow("not_a_chat", f"{name} must be text, and has a part of the type {_kind(kind)}: {_kind(part)}")
         (texts if kind == "text" else thoughts).append(text)
     if thoughts and any(others.get(name) for name in THOUGHTS):
         raise BadRow("not_a_chat", f"{name} has thoughts, and there are others in a field beside it")
     others |= {THOUGHTS[0]: "\n".join(thoughts)} if thoughts else {}
     return "".join(texts)
+
+
+def _one_thought(others: dict[str, Any], name: str) -> None:
+    """Bring the thoughts of a message into one field: some programs write the same ones under several names."""
+    found = {key: others[key] for key in (*THOUGHTS, *OTHER_THOUGHTS) if others.get(key)}
+    for key, value in found.items():
+        parts = value if isinstance(value, list) else [value]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise BadRow("not_a_chat", f"{name}: {key!r} must be text, and is {_kind(value)}")
+        found[key] = "".join(texts)
+    if len(set(found.values())) > 1:
+        raise BadRow("not_a_chat", f"{name}: {' and '.join(found)} are different thoughts")
+    for key in found:
+        del others[key]
+    if found:
+        key, text = next(iter(found.items()))
+        others[key if key in THOUGHTS else THOUGHTS[0]] = text
 
 
 def _call(call: Any, name: str) -> dict[str, Any]:
@@ -197,6 +232,8 @@ def _is_learnt(message: dict[str, Any], number: int) -> bool | None:
     """What the row says of a message's loss. The fields are taken out of it."""
     said = {name: message.pop(name) for name in sorted(LOSS.intersection(message))}
     for name, value in said.items():
+        if isinstance(value, str):
+            value = said[name] = {"0": 0, "1": 1, "true": True, "false": False}.get(value.lower(), value)
         if value not in (0, 1):
             raise BadRow("not_a_chat", f"message {number}: {name!r} must be 0, 1, true or false, and is {_kind(value)}")
     if len(set(map(bool, said.values()))) > 1:

@@ -69,7 +69,11 @@ class Answers:
     def _options(self, conversation: Conversation) -> tuple[dict[str, Any], Counter]:
         """(what the template is given besides the messages, what it isn't)."""
         takes = self.template.variables
-        options = {name: value for name, value in conversation.more.items() if name in takes}
+        truth = {"true": True, "false": False}  # as CSV has it
+        options = {
+            name: truth.get(value.lower(), value) if isinstance(value, str) else value
+            for name, value in conversation.more.items() if name in takes
+        }  # fmt: skip
         if long := [name for name, value in options.items() if value is None]:
             raise BadRow(
                 "not_written", f"column {long[0]}: the template takes it, and it is longer than {LONG} characters"
@@ -119,6 +123,8 @@ class Answers:
         if key not in self.headers:
             whole = self._prompt(before, options) or self._prompt("user", options) or ""
             found = [whole.lstrip(), OPENED.split(whole)[0].lstrip()]
+            if "add_generation_prompt" not in self.template.everything:
+                found.append("")  # what follows the last message ends the text, and is no header
             # An answer that continues the assistant's turn, after a call's result or another answer, may have none.
             self.headers[key] = list(dict.fromkeys(found + [""] * (before in ("tool", "assistant"))))
         return self.headers[key]

@@ -54,6 +54,8 @@ class Ends:
                 self.stops.add(self.token)
             elif after in self.control:
                 self.how, self.token = "header", after
+        if self.how == "tokenizer" and places.text[found.spans[-1][1] :].strip():
+            self.token = None  # no place for it: the template goes on
         self.written = places.text[slice(*found.spans[0])].rstrip()
 
     def mask(self, places: Places, spans: list[tuple[int, int]]) -> tuple[np.ndarray, list[int]]:
@@ -67,12 +69,13 @@ class Ends:
             first, last = self._trimmed(places, begin, end)
             ended = int(ids[last - 1]) if last > first else None
             open_end = ended not in self.control or self.how == "header"
-            if ended not in self.stops and last < len(ids):
-                after = int(ids[last])
+            if ended not in self.stops:
+                after = int(ids[last]) if last < len(ids) else None
                 by_header = self.how == "header" and after != self.header  # another answer may follow, by its own
-                last += after in self.control and (by_header or after in self.stops)
-            elif ended not in self.stops and open_end and self.token is not None:
-                added = [self.token]
+                if after in self.control and (by_header or after in self.stops):
+                    last += 1
+                elif open_end and self.token is not None and not places.text[end:].strip():
+                    added = [self.token]
             mask[first:last] = True
         return mask, added
 

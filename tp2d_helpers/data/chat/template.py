@@ -47,8 +47,18 @@ class ChatTemplate:
 
     @functools.cached_property
     def variables(self) -> set[str]:
-        """The names that the template takes, besides those that every conversation has."""
-        return jinja2.meta.find_undeclared_variables(environment().parse(self.everything)) - PASSED
+        """The names that the template takes, besides those that every conversation has.
+
+        What it sets itself is none of them, unless it asks whether it is defined: then it sets a default.
+        """
+        tree = environment().parse(self.everything)
+        names = list(tree.find_all(jinja2.nodes.Name))
+        asked = {
+            node.node.name for kind in (jinja2.nodes.Test, jinja2.nodes.Filter) for node in tree.find_all(kind)
+            if node.name in ("defined", "undefined", "default") and isinstance(node.node, jinja2.nodes.Name)
+        }  # fmt: skip
+        own = {name.name for name in names if name.ctx != "load"} - asked
+        return jinja2.meta.find_undeclared_variables(tree) - own - PASSED - {*self.tokenizer.special_tokens_map}
 
     @property
     def has_marks(self) -> bool:
@@ -73,11 +83,15 @@ class ChatTemplate:
 
     def rendered(self, messages: list[dict[str, Any]], **options: Any) -> Iterator[Rendered]:
         """The text with the pieces of each message, found in one way after the other; some of them may find none."""
-        text, source = self.text(messages, **options), self.source(options.get("tools"))
+        text, source, ways = self.text(messages, **options), self.source(options.get("tools")), []
         for assigned in (False, True):
             found = self._marked(compiled(source, assigned), messages, options)
-            if found and found.text == text and any(number != NOWHERE for *_, number in found.pieces):
-                yield found
+            if found and found.text == text and (placed := {n for *_, n in found.pieces if n != NOWHERE}):
+                ways.append((len(placed), found))
+                if len(placed) == len(messages):
+                    break
+        # The one that says of most messages where they are: a message without a part of its own may be in another's.
+        yield from (found for _, found in sorted(ways, key=lambda way: -way[0]))
         if not self.has_marks and (found := self._by_content(messages, text, options)):
             yield found
 

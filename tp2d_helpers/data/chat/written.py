@@ -20,6 +20,9 @@ from tp2d_helpers.data.chats import THOUGHTS, Conversation
 
 CLOSED = re.compile(r"</think>|\[/THINK\]|</thought>|<\|END_THINKING\|>|</seed:think>|<channel\|>")
 OPENED = re.compile(r"<think>|\[THINK\]|<thought>|<\|START_THINKING\|>|<seed:think>|<\|channel>thought")
+SYSTEM = ("system", "developer")
+TEXT_ARGUMENTS = "a call's arguments, as JSON text"
+EMPTY = "answers without a word, which are learnt as a stop token"
 EARLIER = "thoughts of earlier answers, which the template leaves out"
 
 
@@ -36,28 +39,32 @@ def check_written(
     """
     notes, last = Counter(), max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
     texts = _texts(found)
-    others = _Rest("\0".join(text for n, text in texts.items() if n < 0 or messages[n]["role"] != "assistant"))
+    nowhere, owns = _Rest(texts[NOWHERE]), [_Rest(texts[number]) for number in range(len(messages))]
     # Before the messages, as a result's name, which many templates leave out, would be taken for that of its tool.
-    for tool in conversation.tools:
-        for field, value in _described(tool):
-            if not others.has(value):
-                raise BadRow("not_written", f"tools, {field}: the chat template leaves it out: {_short(value)}")
-    for value in _leaves(conversation.documents):
+    others = _Rest("\0".join(text for n, text in texts.items() if n < 0 or messages[n]["role"] != "assistant"))
+    for field, value in [*_tools(conversation.tools), *(("documents", v) for v in _leaves(conversation.documents))]:
         if not others.has(value):
-            raise BadRow("not_written", f"documents: the chat template leaves it out: {_short(value)}")
-    for number, message in enumerate(messages):
-        own = _Rest(texts[number])
-        rests = [own] if message["role"] == "assistant" else [own, others]
+            raise BadRow("not_written", f"{field}: the chat template leaves it out: {_short(value)}")
+    # System prompts last: templates write them before all messages, or into a user's.
+    order = sorted(range(len(messages)), key=lambda number: messages[number]["role"] in SYSTEM)
+    users = [own for own, message in zip(owns, messages, strict=True) if message["role"] == "user"]
+    for number in order:
+        message, role = messages[number], messages[number]["role"]
+        rests = [owns[number], *[nowhere] * (role not in ("assistant", "tool")), *(users if role in SYSTEM else ())]
         for field, value in _said(message):
             if any(rest.take(value) for rest in rests):
                 continue
-            name = f"message {number + 1} ({message['role']}), {field}"
+            if field == TEXT_ARGUMENTS and all(owns[number].take(leaf) for leaf in _leaves(_object(value))):
+                continue  # as other JSON
+            name = f"message {number + 1} ({role}), {field}"
             if field == "thought" and number < last and _takes_thoughts(message, template):
                 notes[EARLIER] += 1
             elif field.startswith("field "):
                 notes[f"fields that the template doesn't write: {field[6:]}"] += 1
             else:
                 raise BadRow("not_written", f"{name}: the chat template leaves it out: {_short(value)}")
+        if role == "assistant" and not any(value for field, value in _said(message) if not field.startswith("field ")):
+            notes[EMPTY] += 1
     return notes
 
 
@@ -119,7 +126,10 @@ def _said(message: dict[str, Any]) -> list[tuple[str, Any]]:
             for call in value:
                 arguments = call["function"]["arguments"]
                 found.append(("a call's name", call["function"]["name"]))
-                found += [("a call's arguments", leaf) for leaf in _leaves(_object(arguments))]
+                if isinstance(arguments, str):
+                    found.append((TEXT_ARGUMENTS, arguments))
+                else:
+                    found += [("a call's arguments", leaf) for leaf in _leaves(arguments)]
                 found += [(f"field {name}", call[name]) for name in call if name not in ("type", "function")]
         elif field != "role":
             found += [(f"field {field}", leaf) for leaf in _leaves(value)]
@@ -148,8 +158,13 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _tools(tools: list[Any]) -> Iterator[tuple[str, Any]]:
+    """(field, value) of what tools' descriptions must have: what they are called, what they do, and what they take."""
+    for tool in tools:
+        yield from ((f"tools, {field}", value) for field, value in _described(tool))
+
+
 def _described(tool: Any) -> Iterator[tuple[str, Any]]:
-    """(field, value) of what a tool's description must have: what it is called, what it does, and what it takes."""
     if not isinstance(tool, dict):
         raise BadRow("not_a_chat", f"tools: a tool must be an object with a name, and is {_short(tool)}")
     function = tool["function"] if isinstance(tool.get("function"), dict) else tool
