@@ -168,7 +168,7 @@ def test_arguments_as_json_text(name: str) -> None:
         try:
             found.append(learn(encoder_of(name), row).ids)
         except BadRow as error:
-            found.append((error.kind, error.reason))
+            found.append((error.kind, error.reason.partition(" call's arguments")[0]))
     assert found[0] == found[1]
 
 

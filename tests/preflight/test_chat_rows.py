@@ -51,7 +51,8 @@ def test_what_is_said(run: Callable[..., Config]) -> None:
     assert chosen == (
         "6 steps per epoch, 1 samples each; loss on the assistant's turns, which end in '<|endoftext|>' (added to the "
         "last, as the chat template ends it by no token): 'for\\n<|endoftext|>'; longer examples are cut there; "
-        f"left out as no_answer: 1 (line 8 of {run().dataset_name}: no turn of an assistant is to be learnt)"
+        f"left out as no_answer: 1 (line 8 of {run().dataset_name}: no turn of an assistant is to be learnt); "
+        "answers without a word, which are learnt as a stop token (1)"
     )
     _, chosen = checked(run(packing=False, seq_length=13))
     assert chosen.count("; longer examples are cut there (3 left out, as no answer begins before); left out")

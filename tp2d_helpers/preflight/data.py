@@ -158,7 +158,7 @@ def describe_left_out(data: TokenDataset) -> list[str]:
     """What of the rows is not trained on, for preflight's table: rows that the user left out, what templates drop."""
     remarks = Remarks.from_json(data.meta["remarks"])
     found = [f"left out as {kind}: {bad['count']:,} ({'; '.join(bad['first'])})" for kind, bad in remarks.bad.items()]
-    return found + [f"not trained on: {what} ({count:,})" for what, count in remarks.notes.items()]
+    return found + [f"{what} ({count:,})" for what, count in remarks.notes.items()]
 
 
 def describe_text(data: TokenDataset) -> list[str]:
