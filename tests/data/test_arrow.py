@@ -67,13 +67,15 @@ def test_files(tmp_path: Path, name: str) -> None:
 
 
 def test_columns_that_have_no_text(tmp_path: Path) -> None:
-    """A picture beside the messages is left out, as no template can print it; another column isn't."""
+    """A picture beside the messages is there by its name alone, as no template can print it; another column is whole."""
     table = pyarrow.Table.from_pylist(CALLS)
     table = table.append_column("image", pyarrow.array([{"bytes": b"\x89", "path": "a"}] * 2)).append_column(
         "n", [[1, 2]]
     )
     for name in ("a.parquet", "a.arrow"):
-        assert read(write(tmp_path / name, table)) == [{**row, "n": n} for row, n in zip(CALLS, (1, 2), strict=True)]
+        assert read(write(tmp_path / name, table)) == [
+            {**row, "n": n, "image (bytes)": ""} for row, n in zip(CALLS, (1, 2), strict=True)
+        ]
     table = pyarrow.table({"text": [b"bytes"] * 2})
     with pytest.raises(ConfigError, match=r"row 1 of .*: bytes \(.*\) where text, numbers or lists must be"):
         load_text(str(write(tmp_path / "b.parquet", table)))
@@ -227,7 +229,7 @@ def test_a_dataset_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "_load_from_hub", lambda *_: made)
     found = load_text("org/calls")
     chat = json.loads(found["messages"][0])
-    assert chat["more"] == {"id": 0, "day": "2020-01-31"} and found["bad"][0] is None
+    assert chat["more"] == {"id": 0, "day": "2020-01-31", "image (bytes)": ""} and found["bad"][0] is None
     assert (found["messages"][1], found["where"][1]) == (None, "row 2 of org/calls")
     assert found["bad"][1].startswith("not_a_chat: messages must be a list of messages, and is missing")
 

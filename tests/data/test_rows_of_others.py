@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from templates_of import encoder_of, learn, speaking
 from test_what_rows_say import TOOL, answer, call, chat, learnt, refusal, user
@@ -12,6 +15,7 @@ from test_what_rows_say import TOOL, answer, call, chat, learnt, refusal, user
 from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat_tokens import ChatEncoder
 from tp2d_helpers.data.chats import from_json, to_json
+from tp2d_helpers.data.text import load_text
 from tp2d_helpers.demo import demo_documents, train_tokenizer
 
 
@@ -109,3 +113,12 @@ def test_a_system_column_that_says_the_same() -> None:
     same = str(learn(encoder_of("qwen3"), chat(first, user(), answer(), system="Be brief.")))
     assert same == str(learn(encoder_of("qwen3"), chat(first, user(), answer())))
     assert "another system message" in refusal("qwen3", chat(first, user(), answer(), system="Be long."))
+
+
+def test_columns_of_bytes_are_named(tmp_path: Path) -> None:
+    """Pictures in a table, which nothing here reads, are not left out without a word."""
+    table = pyarrow.table({"messages": [[user("<image>?"), answer()]], "images": [[{"bytes": b"x", "path": "a.png"}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = load_text(str(tmp_path / "a.parquet"))
+    found = encoder_of("qwen3").answers.find(from_json(rows[0]["messages"]))
+    assert found.notes == {"columns that the template doesn't take: images (bytes)": 1}

@@ -54,15 +54,16 @@ def table_rows(schema: pyarrow.Schema, batches: Iterable[pyarrow.RecordBatch]) -
     """The rows of batches of a schema; its metadata says what `datasets` made of the columns, if it wrote them.
 
     A column that is null in a row is left out of it, and so is a field of a struct at any depth. Lists keep their
-    length.
+    length. A column of bytes, such as pictures, which isn't read, is there by its name alone.
     """
     features, number = _features(schema), 0
+    unread = {f"{field.name} (bytes)": "" for field in schema if _has_bytes(field.type)}
     decoders = {field.name: _decoder(field.type, features.get(field.name)) for field in schema}
     for batch in batches:
         for row in _rows(batch):
             number += 1
             try:
-                yield number, row if isinstance(row, BadRow) else _of_struct(decoders)(row)
+                yield number, row if isinstance(row, BadRow) else _of_struct(decoders)(row) | unread
             except BadRow as bad:
                 yield number, bad
 
