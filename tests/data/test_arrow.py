@@ -67,7 +67,7 @@ def test_files(tmp_path: Path, name: str) -> None:
 
 
 def test_columns_that_have_no_text(tmp_path: Path) -> None:
-    """A picture beside the messages is there by its name alone, as no template can print it; another column is whole."""
+    """A picture beside the messages is there by its name alone, as no template can print it."""
     table = pyarrow.Table.from_pylist(CALLS)
     table = table.append_column("image", pyarrow.array([{"bytes": b"\x89", "path": "a"}] * 2)).append_column(
         "n", [[1, 2]]
