@@ -15,7 +15,7 @@ from tp2d_helpers.checkpoint.files import write_json
 from tp2d_helpers.checkpoint.identity import check_model, model_identity
 from tp2d_helpers.checkpoint.run_folder import check_origin, newest_checkpoint, read_manifest, recorded
 from tp2d_helpers.config import Config, ConfigError, make_config
-from tp2d_helpers.data.chat.template import today
+from tp2d_helpers.data.chat.template import settled_date
 
 # What must not change between the start of a run and its resumption: the data order and the optimizer depend on it. The
 # grid, the micro-batch and the ZeRO stage may (`tp2d_helpers.checkpoint.resize`), as long as the global batch stays.
@@ -97,7 +97,7 @@ def continue_run(config: Config) -> Config:
         if getattr(config, name) == "auto":
             config = config.change(**{name: found.get(name, "auto")})
     if config.chat_date == "auto":
-        config = config.change(chat_date=found.get("chat_date") or today())
+        config = config.change(chat_date=found.get("chat_date") or settled_date())
     now = config.model_dump()
     by_name = [name for kind, names in CONTENTS.items() if not found.get(kind) for name in names]
     names = [name for name in (*by_name, *IDENTITY) if name in found and found[name] != now[name]]

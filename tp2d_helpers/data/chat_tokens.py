@@ -24,7 +24,7 @@ from tp2d_helpers.data.bad_rows import BadRow
 from tp2d_helpers.data.chat.answers import Answered, Answers
 from tp2d_helpers.data.chat.ends import Ends
 from tp2d_helpers.data.chat.forms import Forms
-from tp2d_helpers.data.chat.template import ChatTemplate, today
+from tp2d_helpers.data.chat.template import ChatTemplate, settled_date
 from tp2d_helpers.data.chats import Conversation, from_json
 from tp2d_helpers.data.folder import Part, PartBuilder, digest
 from tp2d_helpers.data.rows import Place, Text, read
@@ -72,7 +72,7 @@ class ChatEncoder:
                 f"set chat_template to one of {', '.join(map(repr, tokenizer.chat_template))}"
             )
         self.text, self.form, self.loss_on = TextEncoder(tokenizer), form, loss_on
-        self.template = ChatTemplate(tokenizer, today() if date in ("", "auto") else date)
+        self.template = ChatTemplate(tokenizer, settled_date(date))
         try:
             self.answers = Answers(self.template)
             self.ends = Ends(self.answers, tokenizer)
@@ -170,7 +170,7 @@ def stop_token(tokenizer: transformers.PreTrainedTokenizerBase) -> int | None:
 
 def asking(tokenizer: transformers.PreTrainedTokenizerBase, prompt: str, date: str = "") -> str:
     """The text by which a user's turn asks for an answer. Raises `BadRow` if the template refuses it."""
-    template = ChatTemplate(tokenizer, today() if date in ("", "auto") else date)
+    template = ChatTemplate(tokenizer, settled_date(date))
     messages = Forms(template).messages(Conversation([{"role": "user", "content": prompt}]))
     return template.text(messages, add_generation_prompt=True)
 

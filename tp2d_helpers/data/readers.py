@@ -22,11 +22,11 @@ from tp2d_helpers.data.chats import to_json
 from tp2d_helpers.data.files import format_of, is_lfs_pointer
 from tp2d_helpers.data.parse_arrow import read_arrow, read_parquet
 from tp2d_helpers.data.parse_text import Row, Wanted, read_csv, read_json, read_json_lines, read_text
-from tp2d_helpers.data.row_file import Line, half_character
+from tp2d_helpers.data.row_file import Line
 
 PEEK = 20  # rows that a format is recognised by
 HOPELESS = 100  # rows: if the first ones are all bad, it is the file that is
-SUSPECT = ("\\ud", "\\uD", "NaN", "Infinity")  # what JSON has in it if it has half a character, or what is no JSON
+NO_JSON = ("NaN", "Infinity")  # which Python writes as numbers
 READERS: dict[str, Callable[[Path, Wanted], Iterator[Row]]] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
@@ -87,7 +87,7 @@ def chat_line(row: dict[str, Any] | BadRow, form: str, where: str) -> Line:
         if isinstance(row, BadRow):
             raise row
         chat = to_json(row, form, where)[form]
-        if any(word in chat for word in SUSPECT):
+        if any(word in chat for word in NO_JSON):
             _check(chat)
     except BadRow as bad:
         return None, where, bad.line
@@ -95,13 +95,12 @@ def chat_line(row: dict[str, Any] | BadRow, form: str, where: str) -> Line:
 
 
 def _check(chat: str) -> None:
-    """Raise `BadRow` for JSON with half a character in a text, or a number that is none."""
+    """Raise `BadRow` for JSON with a number that is none."""
 
     def refuse(word: str) -> NoReturn:
         raise BadRow("unreadable", f"{word}, which is no value of JSON")
 
-    if bad := half_character(json.dumps(json.loads(chat, parse_constant=refuse), ensure_ascii=False)):
-        raise bad
+    json.loads(chat, parse_constant=refuse)
 
 
 def peek(path: Path) -> list[dict[str, Any]]:

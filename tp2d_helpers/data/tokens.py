@@ -20,7 +20,7 @@ from tp2d_helpers.cache import build_once, cache_dir, check_space, clear_cache, 
 from tp2d_helpers.cache.space import size_of
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.bad_rows import Remarks
-from tp2d_helpers.data.chat.template import today
+from tp2d_helpers.data.chat.template import settled_date
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
 from tp2d_helpers.data.folder import Part, TokenWriter
 from tp2d_helpers.data.pool import Job, cores, run
@@ -66,7 +66,7 @@ def prepare_tokens(
         ConfigError: for a dataset that can't be loaded, lacks the column, has no text in it, or bad rows.
     """
     tokenizer = load_tokenizer(model_name, trust_remote_code, chat_template)
-    chat_date = today() if chat_date in ("", "auto") else chat_date
+    chat_date = settled_date(chat_date)
     versions = [LAYOUT, transformers.__version__, tokenizers.__version__, platform.python_version()]
     source = [dataset_name, dataset_config, text_column, dataset_percentage, text_files]
     made_of = [source_stamp(dataset_name, dataset_config), fingerprint(tokenizer)]  # the demo's text comes with Python

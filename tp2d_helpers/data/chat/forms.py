@@ -67,17 +67,17 @@ class Forms:
         ]
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
-        """The messages of a conversation in the template's forms. Raises `BadRow` if one can't be brought into them."""
-        return [self._message(message, number) for number, message in enumerate(conversation.messages, 1)]
+        """The messages of a conversation in the template's forms."""
+        return [self._message(message) for message in conversation.messages]
 
-    def _message(self, message: dict[str, Any], number: int) -> dict[str, Any]:
+    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         thought = next((name for name in THOUGHTS if message.get(name)), None)
         if thought and self.thoughts and thought not in self.template.names:
             message = {**message, self.thoughts: message[thought]}
             del message[thought]
         if calls := message.get("tool_calls"):
             content, kind = self._called_as(message)
-            calls = [{**call, "function": _arguments(call["function"], kind, number)} for call in calls]
+            calls = [{**call, "function": _arguments(call["function"], kind)} for call in calls]
             message = {**message, "content": message["content"] or content, "tool_calls": calls}
         elif message["content"] is None:
             message = {**message, "content": ""}
@@ -103,18 +103,11 @@ class Forms:
             yield [self._content(message, self.parts) for message in messages]
 
 
-def _arguments(function: dict[str, Any], kind: type, number: int) -> dict[str, Any]:
-    """A function with its arguments as an object, or as JSON text."""
+def _arguments(function: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A function with its arguments as an object, or as JSON text, which `chats` has seen to be that of an object."""
     arguments = function["arguments"]
     if kind is str and isinstance(arguments, dict):
         return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
     if kind is dict and isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            found = function["arguments"][:60]
-            raise BadRow("not_a_chat", f"message {number}: a call's arguments must be a JSON object, and are {found!r}")
-        return {**function, "arguments": arguments}
+        return {**function, "arguments": json.loads(arguments)}
     return function

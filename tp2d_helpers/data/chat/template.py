@@ -123,6 +123,6 @@ class ChatTemplate:
         return found if found.text == text else None
 
 
-def today() -> str:
-    """The date, as YYYY-MM-DD."""
-    return datetime.now().date().isoformat()
+def settled_date(date: str = "auto") -> str:
+    """A date as YYYY-MM-DD; today's for "auto" and ""."""
+    return datetime.now().date().isoformat() if date in ("", "auto") else date
