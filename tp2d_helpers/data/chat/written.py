@@ -21,7 +21,7 @@ from tp2d_helpers.data.chats import THOUGHTS, Conversation
 CLOSED = re.compile(r"</think>|\[/THINK\]|</thought>|<\|END_THINKING\|>|</seed:think>|<channel\|>")
 OPENED = re.compile(r"<think>|\[THINK\]|<thought>|<\|START_THINKING\|>|<seed:think>|<\|channel>thought")
 SYSTEM = ("system", "developer")
-TEXT_ARGUMENTS = "a call's arguments, as JSON text"
+TEXT_ARGUMENTS = "a call's arguments as JSON text"
 EMPTY = "answers without a word, which are learnt as a stop token"
 EARLIER = "thoughts of earlier answers, which the template leaves out"
 
