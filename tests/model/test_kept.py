@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FROZEN, TYPES
+from families import TYPES
 from grid import run_grid
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -21,21 +21,19 @@ from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.kept import kept_in_fp32
 from tp2d_helpers.preflight.checks import check_model
 
-KINDS = FROZEN | {"glm4_moe": TYPES["glm4_moe"]}  # a parameter that is frozen, and a buffer
-
 
 @pytest.fixture
 def model(family: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
     """model(kind): in bf16, with biases of the size that GLM-5.2's have, where bf16 has 8 values."""
 
     def made(kind: str) -> Path:
-        whole = AutoModelForCausalLM.from_pretrained(family(kind, **KINDS[kind]), dtype=torch.bfloat16)
+        whole = AutoModelForCausalLM.from_pretrained(family(kind, **TYPES[kind]), dtype=torch.bfloat16)
         whole.save_pretrained(tmp_path / "model")
         weights, draw = load_file(tmp_path / "model" / "model.safetensors"), torch.Generator().manual_seed(5)
         for name in [name for name in weights if "e_score_correction_bias" in name]:
             weights[name] = 6.817 + 0.246 * torch.rand(weights[name].shape, generator=draw)
         save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-        for file in family(kind, **KINDS[kind]).glob("tokenizer*"):
+        for file in family(kind, **TYPES[kind]).glob("tokenizer*"):
             (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
         return tmp_path / "model"
 

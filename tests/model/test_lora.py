@@ -14,7 +14,7 @@ import grid
 import peft
 import pytest
 import torch
-from families import FROZEN, TYPES
+from families import TYPES
 from plain import plain_run
 from tiny import tiny_shape
 from transformers import AutoModelForCausalLM
@@ -193,7 +193,7 @@ MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe"
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_adapters_of_mixtures_in_peft(family: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     """Any adapters, all layers': peft gives the logits of the merged weights, with no weight too many or too few."""
-    base = str(family(kind, **(TYPES | FROZEN)[kind]))
+    base = str(family(kind, **TYPES[kind]))
     facts, draw = ModelFacts.read(base), torch.Generator().manual_seed(0)
     drawn, layers = {}, targets(facts.meta, "all-linear")
     if kind == "qwen2_moe":  # what is in a checkpoint counts: an older version's "all-linear" took routers, too
@@ -234,7 +234,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_targets_of_mixtures(kind: str) -> None:
     """Experts and routers stay frozen, whatever they are to their class, and preflight says so."""
-    model = ModelFacts.of_shape(tiny_shape(kind, **(TYPES | FROZEN)[kind]))
+    model = ModelFacts.of_shape(tiny_shape(kind, **TYPES[kind]))
     dense = MLP if kind in ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe") else []
     assert {*kinds(targets(model.meta, "all-linear"))} == {*ATTENTION, *dense}
     ((_, _, row),) = check_lora(make_config(lora_rank=8), model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FROZEN, TYPES
+from families import TYPES
 from grid import Run, assert_equal_runs
 from plain import decaying, plain_run
 from tiny import tiny_shape
@@ -63,10 +63,10 @@ def test_a_partition_of_padding_only(train: Train, narrow: Path, zero_stage: int
     assert_equal_runs(run, plain_run(run.config))
 
 
-@pytest.mark.parametrize("kind", [*TYPES, *FROZEN, *MORE])
+@pytest.mark.parametrize("kind", [*TYPES, *MORE])
 def test_what_decays(kind: str) -> None:
     """Of every type, as the classes of its modules say; whatever the dimensions and names."""
-    model = ModelFacts.of_shape(tiny_shape(kind, **(TYPES | FROZEN | MORE)[kind]))
+    model = ModelFacts.of_shape(tiny_shape(kind, **(TYPES | MORE)[kind]))
     weights = {name: p for name, p in model.meta.named_parameters() if p.requires_grad}
     for tp_size in (1, 2) if kind not in MORE else (1,):
         groups = parameter_groups(model.meta, rehearse(model.config, tp_size).undecayed, 0.5)
@@ -79,14 +79,14 @@ def test_what_decays(kind: str) -> None:
                                            ("apertus", 2), ("glm4_moe", 2), ("qwen3_5_text", 2)])  # fmt: skip
 def test_families_equal_pytorch_alone(train: Train, family: Callable[..., Path], kind: str, tp_size: int) -> None:
     """Norms [heads, head_dim], a bias [1, experts] that its class freezes, weights of an activation, routers."""
-    run = train(family(kind, **(TYPES | FROZEN)[kind]), **DECAY, tp_size=tp_size, debug_steps=6, warmup_steps=2)
+    run = train(family(kind, **TYPES[kind]), **DECAY, tp_size=tp_size, debug_steps=6, warmup_steps=2)
     assert_equal_runs(run, plain_run(run.config))
 
 
 @pytest.mark.parametrize("kind, frozen", [("ernie4_5_moe", "e_score_correction_bias"), ("roformer", "embed_positions")])
 def test_what_a_class_freezes_stays_frozen(family: Callable[..., Path], kind: str, frozen: str) -> None:
     """`from_pretrained` takes each weight that it loads for one to train."""
-    model = load_model(str(family(kind, **(FROZEN | MORE)[kind])), torch.float32)
+    model = load_model(str(family(kind, **(TYPES | MORE)[kind])), torch.float32)
     still = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     assert len(still) == 1 and frozen in still[0]
 

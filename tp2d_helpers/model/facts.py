@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.config import ConfigError, reason
+from tp2d_helpers.model.heads import Heads, mean, of_layers
 from tp2d_helpers.model.norms import Norms
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
@@ -24,6 +25,10 @@ from tp2d_helpers.model.sharding import meta_model
 from tp2d_helpers.model.text_part import KEY_MAPPING, is_part, text_part
 from tp2d_helpers.speed.layers import decoder_layers
 from tp2d_helpers.speed.mixtures import routers
+
+# What configs call the experts of a layer, and those that a token meets.
+EXPERTS = ("num_local_experts", "num_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 
 
 def load_config(model_name: str, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
@@ -51,15 +56,6 @@ def read_config(model_name: str, trust_remote_code: bool) -> tuple[transformers.
             f"model_name = {model_name!r}: its config can't be loaded ({reason(error)}). "
             'Without a way to the hub, take "demo" or the path of a local folder.'
         ) from error
-
-
-def _field(config: transformers.PretrainedConfig, name: str) -> int | None:
-    """A number of a config, None without it; where each layer has its own, their mean."""
-    try:
-        value = getattr(config, name, None)
-    except RuntimeError:  # transformers' "may vary across layers"
-        value = [getattr(layer, name) for layer in config.per_layer_config]
-    return round(sum(value) / len(value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,7 @@ class ModelFacts:
             raise ConfigError(
                 f"model_name: {config.model_type!r} has no config of a decoder of text ({reason(error)})"
             ) from error
-        heads = _field(text, "num_attention_heads") or 0  # state space models have none
-        one = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)  # Falcon's
-        key_value_heads = 1 if one else _field(text, "num_key_value_heads") or _field(text, "num_kv_heads") or heads
+        heads, key_value_heads = Heads.of(text).mean
         return cls(
             config=config,
             part_of=whole.model_type if config is not whole else "",
@@ -119,9 +113,9 @@ class ModelFacts:
             hidden=hidden,
             heads=heads,
             key_value_heads=key_value_heads,
-            head_dim=_field(text, "head_dim") or hidden // max(heads, 1),
+            head_dim=mean(of_layers(text, "head_dim")) or hidden // max(heads, 1),
             vocabulary=vocabulary,
-            positions=_field(text, "max_position_embeddings"),
+            positions=mean(of_layers(text, "max_position_embeddings")) or None,
         )
 
     @functools.cached_property
@@ -144,8 +138,10 @@ class ModelFacts:
     def experts(self) -> tuple[int, int]:
         """(experts of a mixture's layer, those that a token meets), without the shared ones; (0, 0) of other models."""
         text = self.config.get_text_config()
-        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-        return experts, getattr(text, "num_experts_per_tok", None) or experts
+        experts, per_token = (
+            next((value for name in names if (value := getattr(text, name, None))), 0) for names in (EXPERTS, PER_TOKEN)
+        )
+        return experts, per_token or experts
 
     def _matmuls(self, plan: Plan) -> Iterator[tuple[torch.nn.Module, Matmul]]:
         """Every matrix of the model with its module. Lookups, norms and what is per head are none."""

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.model.cuts import Cut
+from tp2d_helpers.model.heads import Heads
 from tp2d_helpers.model.styles import COLUMN, EXPERTS, GATHERED, HEADS, IGNORED, NORM, PARTS, ROW, styles_of
 from tp2d_helpers.speed.layers import decoder_layers
 
@@ -99,17 +100,9 @@ class _Planner:
         self.plan = Plan(tp_size, head=next((name for name, module in model.named_modules() if module is head), ""))
         self.text = model.config.get_text_config()
         self.kind = f"model_name: {model.config.model_type!r} can't be sharded by AutoTP: "
-        self.heads = getattr(self.text, "num_attention_heads", None) or 0
-        self.kv_heads = (
-            getattr(self.text, "num_key_value_heads", None) or getattr(self.text, "num_kv_heads", None) or self.heads
-        )
+        self.heads = Heads.of(self.text)
         self.styles = styles_of(model)
-        if not self._fits(tp_size):
-            fits = [size for size in range(1, self.heads + 1) if self._fits(size)]
-            raise ConfigError(
-                f"tp_size = {tp_size}: must divide the {self.heads} attention heads, and divide the {self.kv_heads} "
-                f"key-value heads or be a multiple of them; possible are {fits}"
-            )
+        self.heads.check(tp_size)
         for name, module in model.named_modules():
             if style := self._style(name):
                 self._linear(name, module, style)
@@ -121,12 +114,13 @@ class _Planner:
         self._check_whole()
         if shared := next((name for name, cut in self.plan.cuts.items() if cut.partly_shared), ""):
             raise ConfigError(
-                f"tp_size = {tp_size}: {shared} holds several matrices in one, and the {self.kv_heads} key-value heads "
-                f"in it can't be shared by {tp_size} ranks; take a tp_size that divides them"
+                f"tp_size = {tp_size}: {shared} holds several matrices in one, and the {self._heads(shared)[1]} "
+                f"key-value heads in it can't be shared by {tp_size} ranks; take a tp_size that divides them"
             )
 
-    def _fits(self, size: int) -> bool:
-        return not self.heads % size and (not self.kv_heads % size or not size % self.kv_heads)
+    def _heads(self, name: str) -> tuple[int, int]:
+        """(heads, key-value heads) of the layer that a module or weight belongs to."""
+        return self.heads.in_layer(next((int(part) for part in name.split(".") if part.isdigit()), 0))
 
     def _style(self, name: str) -> str:
         """The style of a linear layer; "" for other modules."""
@@ -138,6 +132,7 @@ class _Planner:
 
     def _linear(self, name: str, module: torch.nn.Module, style: str) -> None:
         parent, turned = name.rpartition(".")[0], isinstance(module, Conv1D)
+        heads, kv_heads = self._heads(name)
         self.plan.styles[name] = COLUMN if style == PARTS else style
         attention = style != GATHERED and self._head_dim(parent) is not None
         if style == ROW:
@@ -150,9 +145,11 @@ class _Planner:
             if module.bias is not None:
                 self._add(f"{name}.bias", 0, parts, uneven=not attention)
         if attention:
-            self.plan.attention[parent] = self.heads // self.tp_size, max(1, self.kv_heads // self.tp_size)
+            self.plan.attention[parent] = heads // self.tp_size, max(1, kv_heads // self.tp_size)
         cut = self.plan.cuts[f"{name}.weight"]
-        fewer = attention and self.kv_heads % self.tp_size  # where AutoTP would leave ranks without heads
+        fewer = attention and any(
+            number % self.tp_size for number in self.heads.key_values
+        )  # where AutoTP would leave ranks without heads
         if turned or fewer or not cut.plain or cut.width(0) != cut.width(self.tp_size - 1):
             self.plan.own.add(name)
 
@@ -164,6 +161,7 @@ class _Planner:
     def _parts(self, name: str, size: int, style: str) -> list[tuple[int, int]]:
         """(size, unit that must not be cut) of each matrix in a column-wise layer of so many outputs."""
         parent, _, last = name.rpartition(".")
+        heads, kv_heads = self._heads(name)
         head = self._head_dim(parent) if style != GATHERED else None
         if last == "gate_up_proj":
             return [(size // 2, 1)] * 2
@@ -172,11 +170,11 @@ class _Planner:
         if last == "query_key_value":
             module = self.model.get_submodule(parent)
             if getattr(module, "multi_query", False) and not getattr(module, "new_decoder_architecture", False):
-                return [(self.heads * head, head), (head, head), (head, head)]
-            groups = self.kv_heads if getattr(module, "new_decoder_architecture", False) else self.heads
+                return [(heads * head, head), (head, head), (head, head)]
+            groups = kv_heads if getattr(module, "new_decoder_architecture", False) else heads
             return [(size, size // groups)]
         if style == PARTS:
-            return [(self.heads * head, head), (self.kv_heads * head, head), (self.kv_heads * head, head)]
+            return [(heads * head, head), (kv_heads * head, head), (kv_heads * head, head)]
         return [(size, head if head and size % head == 0 else 1)]
 
     def _add(
@@ -191,7 +189,7 @@ class _Planner:
         begin = 0
         for size, unit in parts:
             number = size // unit
-            shared = number == self.kv_heads and not self.tp_size % number and not name.endswith(WHOLE_GROUPS)
+            shared = number == self._heads(name)[1] and not self.tp_size % number and not name.endswith(WHOLE_GROUPS)
             if number % self.tp_size and not shared and not uneven:
                 raise ConfigError(
                     f"tp_size = {self.tp_size}: does not divide {name} {list(self.model.get_parameter(name).shape)} in "
@@ -225,7 +223,7 @@ class _Planner:
 
     def _beside_heads(self, name: str, attention: torch.nn.Module) -> None:
         """What else of an attention module has a part for each head: sinks, norms of all heads' features."""
-        head, counts = self._head_dim(name), {self.heads, self.kv_heads}
+        head, counts = self._head_dim(name), set(self._heads(name))
         for own, module in attention.named_modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) in counts:
                 raise ConfigError(f"{self.kind}{name}.{own} has a module for each head: no rule. Take tp_size 1")
