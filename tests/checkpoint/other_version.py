@@ -2,6 +2,7 @@
 
 python other_version.py write OUT SHAPES    SHAPES: a JSON file {name: fields of a config}; a folder for each in OUT
 python other_version.py read OUT FOLDER…    logits of each folder's model, and ids of its tokenizer, in OUT/<name>.pt
+python other_version.py ropes OUT FOLDER…   the frequencies of each config.json's ropes; none of an unknown type
 """
 
 from __future__ import annotations
@@ -51,9 +52,21 @@ def read(out: Path, folders: list[Path]) -> None:
         torch.save(found, out / f"{folder.name}.pt")
 
 
+def ropes(out: Path, folders: list[Path]) -> None:
+    """[frequencies] of the model that a config.json stands for."""
+    for folder in folders:
+        found = []
+        try:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            found = [m.inv_freq for m in model.modules() if hasattr(m, "inv_freq")]
+        except ValueError as error:
+            assert "does not recognize this architecture" in str(error), error
+        torch.save(found, out / f"{folder.name}.pt")
+
+
 if __name__ == "__main__":
     command, out, *rest = sys.argv[1:]
     if command == "write":
         write(Path(out), json.loads(Path(rest[0]).read_text(encoding="utf-8")))
     else:
-        read(Path(out), [Path(folder) for folder in rest])
+        {"read": read, "ropes": ropes}[command](Path(out), [Path(folder) for folder in rest])

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +12,19 @@ from typing import Any
 import peft
 import pytest
 import torch
+from elsewhere import NEWEST, OLD, TOKENS, distance, environment, fabricated, logits, run
 from families import TYPES
 from tiny import tiny_shape
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tp2d_helpers.cache import build_once, cache_dir
 from tp2d_helpers.checkpoint.config_file import add_older_fields
 from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
+from tp2d_helpers.config import ConfigError
 from tp2d_helpers.demo import demo_documents, train_tokenizer
 from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import targets
 
-SCRIPT = Path(__file__).with_name("other_version.py")
-OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
-NEWEST = ("transformers",)
-TOKENS = torch.arange(160).reshape(2, 80) * 37 % 2000
 FACTORS = dict(short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0])
 YARN = dict(factor=4.0, original_max_position_embeddings=64)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -90,47 +84,10 @@ def test_a_field_that_is_at_odds_is_not_kept(tmp_path: Path) -> None:
     assert said["rope_theta"] == 5e5 and said["rope_scaling"] is None
 
 
-# Environments of their own.
-
-
-@pytest.fixture(scope="session")
-def environment() -> Callable[..., dict[str, str]]:
-    """environment(*packages): the variables of one with these instead of the installed ones. Skips without an index."""
-
-    def made(*packages: str) -> dict[str, str]:
-        def install(folder: Path) -> None:
-            command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *packages]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"pip can't install {' '.join(packages)} here: {done.stderr.strip().splitlines()[-1]}")
-
-        return os.environ | {"PYTHONPATH": str(build_once(cache_dir() / "-".join(packages), install))}
-
-    return made
-
-
-def run(environment: dict[str, str], *arguments: Any) -> None:
-    subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], env=environment, check=True)
-
-
-def fabricated(folder: Path, model: Path) -> Path:
-    """A checkpoint that has a model's weights as they are."""
-    tag, whole = folder / "step_00000001", load_model(str(model), torch.float32)
-    tag.mkdir(parents=True)
-    common = dict(param_shapes=[{n: p.shape for n, p in whole.named_parameters()}], dp_world_size=1, mp_world_size=1)
-    torch.save(dict(module=whole.state_dict(), ds_config={}, **common), tag / "mp_rank_00_model_states.pt")
-    return folder
-
-
-def logits(folder: Path) -> torch.Tensor:
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS, use_cache=False).logits
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("origin", ["4", "5"])
 def test_every_type_in_every_version(
-    environment: Callable, family: Callable[..., Path], generations: dict, tmp_path: Path, origin: str
+    family: Callable[..., Path], generations: dict, tmp_path: Path, origin: str
 ) -> None:
     """From folders that version 4 wrote, and version 5; logits and tokens of the original and of its export."""
     old, newest = environment(*OLD), environment(*NEWEST)
@@ -209,8 +166,27 @@ def test_every_adapter_in_peft(family: Callable[..., Path], generations: dict, t
     torch.testing.assert_close(adapted, merged, rtol=0, atol=1e-4)
 
 
-def distance(found: dict[str, Any], expected: torch.Tensor) -> float | str:
-    """The largest difference of logits; what is wrong; "unknown" for a type that a version hasn't got."""
-    if "logits" in found:
-        return (found["logits"] - expected).abs().max().item()
-    return "unknown" if "does not recognize this architecture" in found["error"] else found["error"]
+@pytest.mark.slow
+def test_every_rope_is_what_version_4_reads(tmp_path: Path) -> None:
+    """Or it is refused, whatever of its fields a config.json has."""
+    cases, refused = [{}, dict(rope_scaling=None), dict(rope_theta=5e5), dict(rope_scaling=None, rope_theta=5e5)], set()
+    for kind in TYPES.keys() - set(WITHOUT_ROPE):
+        for number, fields in enumerate(cases):
+            folder = tmp_path / f"{kind}-{number}"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(tiny_shape(kind, **TYPES[kind], **fields)))
+    folders = sorted(tmp_path.iterdir())
+    run(environment(*OLD), "ropes", tmp_path, *folders)
+    for folder in folders:
+        expected = torch.load(tmp_path / f"{folder.name}.pt")
+        try:
+            model = AutoModelForCausalLM.from_config(ModelFacts.read(str(folder)).config)
+        except ConfigError:
+            refused.add(folder.name)
+            continue
+        found = {tuple(b.tolist()) for name, b in model.named_buffers() if name.endswith("inv_freq")}
+        assert not expected or found == {tuple(one.tolist()) for one in expected}, folder.name
+    assert refused == {
+        *("apertus-1", "apertus-2", "apertus-3", "cohere-0", "cohere-1", "olmo3-0", "olmo3-1"),
+        *("ministral3-1", "ministral3-2", "ministral3-3"),  # of version 5, with a default that nothing else changes
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,3 +65,35 @@ def test_packed_documents_beyond_the_original_length() -> None:
     with pytest.raises(ConfigError, match=r"^packing = 'documents': 'phi3'.*\(longrope: .* is 64\)\. .* up to 32"):
         check_lengths(config, 64)
     check_lengths(AutoConfig.for_model("llama"), 64)
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("apertus", dict(rope_scaling=None, rope_theta=5e5), '"rope_theta": 500000.0, "rope_type": "default"} by'),
+        ("apertus", dict(rope_scaling=None), '"rope_theta": 12000000.0, "rope_type": "default"} by'),
+        ("apertus", dict(rope_theta=5e5), '"rope_type": "llama3", "rope_theta": 500000.0'),
+        ("ministral3", dict(rope_scaling=None, rope_theta=1e6), "rope_theta 1000000.0, rope_scaling null): its"),
+        ("cohere", {}, "('cohere': no rope_theta): its rope is {\"rope_theta\": 10000.0"),
+        ("olmo3", dict(rope_scaling=None), '"rope_theta": 10000.0, "rope_type": "default"} by'),
+    ],
+)
+def test_what_transformers_5_reads_otherwise_than_4(tmp_path: Path, kind: str, fields: dict, message: str) -> None:
+    """Its own default, where the file has something else. What was meant, and is then said, is read."""
+    shape = tiny_shape(kind, **TYPES[kind], **fields)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(shape))
+    with pytest.raises(ConfigError, match=f"^model_name = .*config.json .*{re.escape(message)}") as refusal:
+        ModelFacts.read(str(tmp_path))
+    meant = json.loads(re.search(r"its rope is (.*?) by tr", str(refusal.value))[1])
+    added = meant["rope_theta"] if str(refusal.value).endswith("'rope_theta'") else meant
+    path.write_text(json.dumps(shape | {"rope_theta" if added is not meant else "rope_parameters": added}))
+    rope = ModelFacts.read(str(tmp_path)).config.rope_parameters
+    assert rope.get("full_attention", rope).items() >= meant.items()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("fields", [{}, dict(rope_scaling=None), dict(rope_scaling=None, rope_theta=5e5)])
+def test_what_both_read_alike(tmp_path: Path, kind: str, fields: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_shape(kind, **TYPES[kind], **fields)))
+    ModelFacts.read(str(tmp_path))

@@ -20,6 +20,7 @@ from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.model.heads import Heads, mean, of_layers
 from tp2d_helpers.model.norms import Norms
 from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.ropes import check_rope
 from tp2d_helpers.model.shard import AllReduces, Matmul, Shard
 from tp2d_helpers.model.sharding import meta_model
 from tp2d_helpers.model.text_part import KEY_MAPPING, is_part, text_part
@@ -47,10 +48,15 @@ def loading_arguments(model_name: str, trust_remote_code: bool = False) -> dict[
 
 
 def read_config(model_name: str, trust_remote_code: bool) -> tuple[transformers.PretrainedConfig, dict[str, Any]]:
-    """(the config of the whole model, the fields in its config.json if it has parts)."""
+    """(the config of the whole model, the fields in its config.json)."""
     try:
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-        return config, config.get_config_dict(model_name)[0] if is_part(config) else {}
+        given, _ = config.get_config_dict(model_name)
+        parts = is_part(config)
+        check_rope(config.text_config if parts else config, given.get("text_config", {}) if parts else given)
+        return config, given
+    except ConfigError as error:
+        raise ConfigError(f"model_name = {model_name!r}: {error}") from error
     except Exception as error:
         raise ConfigError(
             f"model_name = {model_name!r}: its config can't be loaded ({reason(error)}). "

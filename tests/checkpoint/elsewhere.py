@@ -1,0 +1,62 @@
+"""Exports that other programs read: environments of their own, folders as they come out, logits to compare."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tp2d_helpers.cache import build_once, cache_dir
+from tp2d_helpers.model.engine import load_model
+
+SCRIPT = Path(__file__).with_name("other_version.py")
+OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
+NEWEST = ("transformers",)
+TOKENS = torch.arange(160).reshape(2, 80) * 37 % 2000
+
+
+@functools.cache
+def environment(*packages: str) -> dict[str, str]:
+    """The variables of one with these packages instead of the installed ones. Skips without an index."""
+
+    def install(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *packages]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"pip can't install {' '.join(packages)} here: {done.stderr.strip().splitlines()[-1]}")
+
+    return os.environ | {"PYTHONPATH": str(build_once(cache_dir() / "-".join(packages), install))}
+
+
+def run(environment: dict[str, str], *arguments: Any, script: Path = SCRIPT) -> None:
+    subprocess.run([sys.executable, script, *map(str, arguments)], env=environment, check=True)
+
+
+def fabricated(folder: Path, model: Path) -> Path:
+    """A checkpoint that has a model's weights as they are."""
+    tag, whole = folder / "step_00000001", load_model(str(model), torch.float32)
+    tag.mkdir(parents=True)
+    common = dict(param_shapes=[{n: p.shape for n, p in whole.named_parameters()}], dp_world_size=1, mp_world_size=1)
+    torch.save(dict(module=whole.state_dict(), ds_config={}, **common), tag / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def logits(folder: Path, **how: Any) -> torch.Tensor:
+    """[2, 80, vocabulary] of `TOKENS`, in fp32."""
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how)
+        return model.eval()(TOKENS, use_cache=False).logits
+
+
+def distance(found: dict[str, Any], expected: torch.Tensor) -> float | str:
+    """The largest difference of logits; what is wrong; "unknown" for a type that a version hasn't got."""
+    if "logits" in found:
+        return (found["logits"] - expected).abs().max().item()
+    return "unknown" if "does not recognize this architecture" in found["error"] else found["error"]
