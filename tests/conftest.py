@@ -110,7 +110,7 @@ def outcomes() -> list[tuple[str, str, str]]:
     return OUTCOMES
 
 
-READERS = ("original", "4.57", "newest", "peft")
+READERS = ("tokens", "in: 4.57", "out: 4.57", "out: pinned", "out: newest", "out: peft")
 
 
 def _short(found: float | str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from other_version import TOKENS
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.cache import build_once, cache_dir
@@ -19,7 +20,7 @@ from tp2d_helpers.model.engine import load_model
 SCRIPT = Path(__file__).with_name("other_version.py")
 OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 NEWEST = ("transformers",)
-TOKENS = torch.arange(160).reshape(2, 80) * 37 % 2000
+UNKNOWN = "unknown"  # a type that a version hasn't got
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def logits(folder: Path, **how: Any) -> torch.Tensor:
 
 
 def distance(found: dict[str, Any], expected: torch.Tensor) -> float | str:
-    """The largest difference of logits; what is wrong; "unknown" for a type that a version hasn't got."""
+    """The largest difference of logits; what is wrong; `UNKNOWN`."""
     if "logits" in found:
         return (found["logits"] - expected).abs().max().item()
-    return "unknown" if "does not recognize this architecture" in found["error"] else found["error"]
+    return UNKNOWN if "does not recognize this architecture" in found["error"] else found["error"]

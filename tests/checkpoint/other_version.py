@@ -36,7 +36,7 @@ def write(out: Path, shapes: dict[str, dict]) -> None:
 def read(out: Path, folders: list[Path]) -> None:
     """{"logits"} or {"error"}, and {"ids"} or {"tokenizer_error"}."""
     for folder in folders:
-        found = {"text": TEXT}
+        found = {}
         try:
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
             assert not (wrong := {kind: names for kind, names in info.items() if names}), wrong

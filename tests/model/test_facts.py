@@ -163,5 +163,7 @@ def test_heads_that_layers_have_in_other_numbers() -> None:
     with global_numbers(facts.config):
         assert facts.config.num_key_value_heads == 4
     assert facts.config.to_dict() == before
-    with pytest.raises(ConfigError, match=r"divide the 12 and 8 attention heads, .* possible are \[1, 2, 4\]$"):
+    with pytest.raises(
+        ConfigError, match=r"divide the 8 and 12 attention heads, and divide the 2 and 4 .* possible are \[1, 2, 4\]$"
+    ):
         Heads((12, 8), (4, 2)).check(3)
