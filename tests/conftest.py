@@ -114,7 +114,9 @@ READERS = ("tokens", "in: 4.57", "out: 4.57", "out: pinned", "out: newest", "out
 
 
 def _short(found: float | str) -> str:
-    return f"{found:.0e}" if isinstance(found, float) else found.partition("\n")[0][:40]
+    if isinstance(found, str):
+        return found.partition("\n")[0][:40]
+    return f"{found:.0e}" if found else "0"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
@@ -14,6 +18,7 @@ from families import ABOUT, TYPES  # noqa: E402
 
 READMES = TESTS.parent / "README.md", TESTS / "README.md"
 BEGIN, END = "<!-- {}: made by tests/model/table_of_types.py -->\n", "<!-- end of {} -->"
+LIBRARIES = ("torch", "transformers", "deepspeed", "peft")
 COLUMNS = ("loss", "norm", "weight", "tokens", "in: 4.57", "out: 4.57", "out: pinned", "out: newest", "out: peft")
 
 
@@ -39,11 +44,11 @@ def names() -> str:
     mixtures = [kind for kind in TYPES if "experts" in ABOUT[kind][1]]
     dense, mixed = (", ".join(ABOUT[kind][0] for kind in kinds)
                     for kinds in ([kind for kind in TYPES if kind not in mixtures], mixtures))  # fmt: skip
-    return (
-        f"- {len(TYPES)} types of decoders, each equal to one process in tests, in every weight on every rank\n"
-        f"  ([table](tests/README.md#model-types)). Dense: {dense}.\n"
-        f"  Mixtures of experts by tensor parallelism: {mixed}.\n"
+    said = (
+        f"- {len(TYPES)} types of decoders, each equal to one process in tests, in every weight on every rank "
+        f"([table](tests/README.md#model-types)). Dense: {dense}. Mixtures of experts by tensor parallelism: {mixed}."
     )
+    return textwrap.fill(said, 120, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def printed(title: str, output: str) -> list[list[str]]:
@@ -72,15 +77,23 @@ def table(matrix: list[list[str]], exports: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def pytest(*arguments: str) -> str:
-    """What pytest prints, failures and all."""
-    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+def versions() -> str:
+    """With what, and when, as a sentence."""
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in LIBRARIES}
+    newest = re.search(r"\((.*?)\)", output_of("pip", "index", "versions", "transformers"))[1]
+    said = ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"\n{datetime.date.today()}, {os.cpu_count()} CPU cores: {said}; 4.57 is 4.57.6, the newest is {newest}.\n"
+
+
+def output_of(module: str, *arguments: str) -> str:
+    """What a module run as a script prints, failures and all."""
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":
     replace("names of types", names())
-    matrix = pytest("tests/model/test_matrix.py", "--all-types")
-    exports = pytest("tests/checkpoint/test_generations.py", "-k", "every")
-    replace("types", table(printed("model types", matrix), printed("exports", exports)))
+    matrix = output_of("pytest", "-q", "tests/model/test_matrix.py", "--all-types")
+    exports = output_of("pytest", "-q", "tests/checkpoint/test_generations.py", "-k", "every")
+    replace("types", table(printed("model types", matrix), printed("exports", exports)) + versions())
     print(matrix[-300:], exports[-300:])
