@@ -49,8 +49,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Those that version 4 hasn't got.
 NEW = {"qwen3_5_text", "ministral3", "nanochat", "granite_swa", "cohere2_moe", "cwm", "gemma4_text",
-       "gemma4_unified_text", "granitemoe_swa", "hrm_text", "hy_v3", "hyperclovax", "jais2", "kolibri1", "mellum", "minimax_m2",
-       "qwen3_5_moe_text"}  # fmt: skip
+       "gemma4_unified_text", "granitemoe_swa", "hrm_text", "hy_v3", "hyperclovax", "jais2", "kolibri1", "mellum",
+       "minimax_m2", "qwen3_5_moe_text"}  # fmt: skip
 WITHOUT_ROPE = ("gpt2", "opt")
 # Version 4 keeps the two scalars of Apertus' activation in bf16, whatever the model is in.
 TOLERANCE = {"apertus": 1e-3}
