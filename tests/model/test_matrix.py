@@ -16,9 +16,8 @@ SHARED = {"8×1": dict(tp_size=8)}  # two ranks share each key-value head
 USUAL = {
     "qwen3_5_text": "2×1", "gemma2": "2×2", "phi3": "2×2", "olmo2": "4×1", "cohere": "2×1", "gpt_neox": "2×1",
     "apertus": "2×1", "olmo": "2×2", "gpt2": "2×2", "falcon": "2×1", "granite_swa": "2×1", "qwen2_moe": "2×1",
-    "qwen3_moe": "2×2", "ministral3": "2×2", "smollm3": "8×1",
+    "qwen3_moe": "2×2", "ministral3": "2×2", "gemma4_text": "2×2", "smollm3": "8×1",
 }  # fmt: skip
-WITHOUT = {("qwen3_5_text", "8×1"), ("phi3", "8×1")}
 
 
 def cases(everything: bool) -> list[tuple[str, str]]:
