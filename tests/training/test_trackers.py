@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import struct
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +248,44 @@ def test_wandb_without_a_key(run: Callable[..., Config], wandb_offline: Any, mon
         check_trackers(run("wandb"))
 
 
+@pytest.mark.parametrize("place, why", [
+    ("file:///nowhere/mlruns", "maintenance mode"), ("http://127.0.0.1:9", "Max retries exceeded"), ("foo://x", "foo://x"),
+])  # fmt: skip
+def test_mlflow_without_a_place(
+    run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, place: str, why: str
+) -> None:
+    """3.17 takes no folder any more; a server's silence would last as long as its retries."""
+    mlflow, began = pytest.importorskip("mlflow"), time.monotonic()
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    mlflow.set_tracking_uri(None)
+    with pytest.raises(ConfigError, match=rf"^trackers = 'mlflow': MLflow can't keep curves at {place} \(.*{why}"):
+        check_trackers(run("mlflow"))
+    assert time.monotonic() - began < 20
+
+
+def test_where_mlflow_is_asked(run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package: by a stand-in that refuses, and then doesn't."""
+
+    class Client:
+        refuses = "no more folders"
+
+        def get_experiment_by_name(self, name: str) -> None:
+            assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0" and name == "tp_autotp"
+            if self.refuses:
+                raise OSError(self.refuses)
+
+    module = types.SimpleNamespace(MlflowClient=Client, get_tracking_uri=lambda: "/runs", __spec__=object())
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    with pytest.raises(
+        ConfigError, match=r"MLflow can't keep curves at /runs \(.*no more folders\); set MLFLOW_TRACKING"
+    ):
+        check_trackers(run("mlflow"))
+    Client.refuses = ""
+    assert check_trackers(run("mlflow")) == [("curves", "mlflow", "MLflow at /runs")]
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
 @pytest.mark.parametrize("store", ["file", "sqlite"])
 def test_mlflow(run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: str) -> None:
     mlflow = pytest.importorskip("mlflow")
@@ -253,6 +294,7 @@ def test_mlflow(run: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(None)
     config = run("mlflow")
+    assert check_trackers(config) == [("curves", "mlflow", f"MLflow at {place}")]
     feed(config, steps(1, 2), steps(1, 2, 3))
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("tp_autotp").experiment_id

@@ -14,6 +14,7 @@ import shlex
 import threading
 import time
 from typing import Any
+from unittest import mock
 
 from tp2d_helpers.checkpoint.run_folder import recorded
 from tp2d_helpers.config import Config, ConfigError, reason
@@ -103,7 +104,7 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        self.client, name = MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        self.client, name = MlflowClient(), _experiment()
         experiment = self.client.get_experiment_by_name(name)
         place = experiment.experiment_id if experiment else self.client.create_experiment(name)
         found = self.client.search_runs([place], f"tags.run_id = '{identity(config)}'", max_results=1)
@@ -200,7 +201,8 @@ def check_trackers(config: Config) -> list[tuple[str, str, str]]:
     """Preflight's row: where the curves are; none without trackers.
 
     Raises:
-        ConfigError: for one that isn't installed, or wants a key and would ask for it in the middle of the run.
+        ConfigError: for one that isn't installed, wants a key and would ask for it in the middle of the run, or has no
+            place for the curves.
     """
     for name in tracker_names(config):
         _, module, package = TRACKERS[name]
@@ -211,13 +213,35 @@ def check_trackers(config: Config) -> list[tuple[str, str, str]]:
             )
     if "wandb" in tracker_names(config):
         _check_wandb_key(config)
+    mlflow = _place_of_mlflow(config) if "mlflow" in tracker_names(config) else ""
     places = {
         "tensorboard": f"tensorboard --logdir {shlex.quote(config.storage_path)}",
         "wandb": f"wandb, project {os.environ.get('WANDB_PROJECT', PROJECT)}",
-        "mlflow": f"MLflow at {os.environ.get('MLFLOW_TRACKING_URI', 'its default place')}",
+        "mlflow": f"MLflow at {mlflow}",
     }
     names = tracker_names(config)
     return [("curves", ", ".join(names), "; ".join(places[name] for name in names))] if names else []
+
+
+def _experiment() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+
+
+def _place_of_mlflow(config: Config) -> str:
+    """Where MLflow keeps the curves. The experiment is asked for there, once, not for minutes as by default."""
+    import mlflow
+
+    place = mlflow.get_tracking_uri()
+    once = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    try:
+        with mock.patch.dict(os.environ, once):
+            mlflow.MlflowClient().get_experiment_by_name(_experiment())
+    except Exception as error:
+        raise ConfigError(
+            f"trackers = {config.trackers!r}: MLflow can't keep curves at {place} ({reason(error)}); set "
+            "MLFLOW_TRACKING_URI to a server that answers (http://host:port) or to a file (sqlite:////path/mlflow.db)"
+        ) from error
+    return place
 
 
 def _check_wandb_key(config: Config) -> None:
