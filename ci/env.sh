@@ -6,7 +6,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 _make_venv() {
-    local venv="$ROOT/.venv" wanted
+    local venv="$1" wanted
     if ! "$venv/bin/python" -c "import pip" 2>/dev/null; then
         if ! python3 -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null; then
             echo "error: python3 is $(python3 --version 2>/dev/null || echo "not there"); this needs Python 3.10 to 3.12." \
@@ -31,20 +31,22 @@ _make_venv() {
     fi
 }
 
-if [[ -z "${PYTHON:-}" ]]; then
-    PYTHON="$ROOT/.venv/bin/python"
-    mkdir -p "$ROOT/.venv"
-    (
-        # One at a time: a second script that starts meanwhile waits here, and then finds .ready.
-        if command -v flock >/dev/null; then flock 9; fi
-        _make_venv
-    ) 9>"$ROOT/.venv/.lock"
-    # Ray starts its workers by a shell line in which the interpreter's path is not quoted, so a path with a space (or
-    # another character that a shell minds) gets a link without.
-    if [[ $ROOT =~ [^A-Za-z0-9_./@%+=:,-] ]]; then
-        _link="$HOME/.cache/tp2d/venv-$(cksum <<<"$ROOT" | cut -d " " -f 1)"
-        mkdir -p "$HOME/.cache/tp2d"
-        ln -sfn "$ROOT/.venv" "$_link"
-        PYTHON="$_link/bin/python"
+# Ray starts its workers by a shell line in which the interpreter's path is not quoted, so from a path with a space (or
+# another character that a shell minds) .venv is a link to a place without.
+_make_place() {
+    if [[ $ROOT =~ [^A-Za-z0-9_./@%+=:,-] && ! -L "$ROOT/.venv" ]]; then
+        rm -rf "$ROOT/.venv"
+        ln -s "$HOME/.cache/tp2d/venv-$(cksum <<<"$ROOT" | cut -d " " -f 1)" "$ROOT/.venv"
     fi
+    mkdir -p "$(readlink "$ROOT/.venv" || echo "$ROOT/.venv")"
+}
+
+if [[ -z "${PYTHON:-}" ]]; then
+    (
+        # One at a time: a second script that starts meanwhile waits here, and then finds .ready. macOS has no flock.
+        python3 -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX)" 2>/dev/null || true
+        _make_place
+        _make_venv "$(cd "$ROOT/.venv" && pwd -P)"
+    ) 9<"$ROOT/requirements.txt"
+    PYTHON="$(cd "$ROOT/.venv" && pwd -P)/bin/python"
 fi
