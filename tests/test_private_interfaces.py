@@ -313,10 +313,12 @@ def transformers_kept() -> None:
     """Of a class, and of the parts of a model; DeepSpeed reads them for buffers."""
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedModel
 
+    from tp2d_helpers.model.kept import kept_in_fp32
+
     has(PreTrainedModel, "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     with torch.device("meta"):
         model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(num_hidden_layers=2))
-    assert "moe_statics" in model._keep_in_fp32_modules_strict
+    assert kept_in_fp32(model, torch.bfloat16)
 
 
 @interface("rope_type")

@@ -63,7 +63,10 @@ def rehearse(hf_config: transformers.PretrainedConfig, tp_size: int = 1) -> Rehe
         ConfigError: if nothing makes it equal, or the model can't be trained on tokens and labels alone.
     """
     with quiet():
-        return _divided(hf_config, tp_size) if tp_size > 1 else _whole(hf_config)
+        found = _divided(hf_config, tp_size) if tp_size > 1 else _whole(hf_config)
+    if found.own_loss:
+        _refuse_routers_loss(hf_config)
+    return found
 
 
 def _whole(hf_config: transformers.PretrainedConfig) -> Rehearsal:
