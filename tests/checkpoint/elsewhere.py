@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from other_version import TOKENS
+from tiny import family
 from transformers import AutoModelForCausalLM
 
 from tp2d_helpers.cache import build_once, cache_dir
+from tp2d_helpers.checkpoint.hugging_face import export_checkpoint
 from tp2d_helpers.model.engine import load_model
 
 SCRIPT = Path(__file__).with_name("other_version.py")
@@ -47,6 +49,15 @@ def fabricated(folder: Path, model: Path) -> Path:
     common = dict(param_shapes=[{n: p.shape for n, p in whole.named_parameters()}], dp_world_size=1, mp_world_size=1)
     torch.save(dict(module=whole.state_dict(), ds_config={}, **common), tag / "mp_rank_00_model_states.pt")
     return folder
+
+
+def exports(shapes: dict[str, dict[str, Any]], folder: Path) -> dict[str, Path]:
+    """Of a tiny model of each type, what a run of it would export."""
+    models = {kind: family(kind, **shape) for kind, shape in shapes.items()}
+    return {
+        kind: export_checkpoint(fabricated(folder / "runs" / kind, model), str(model), folder / kind)
+        for kind, model in models.items()
+    }
 
 
 def logits(folder: Path, **how: Any) -> torch.Tensor:

@@ -53,6 +53,8 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }  # fmt: skip — as safetensors calls them
+# Published models call a class otherwise than transformers, and vLLM and llama.cpp know it by that name alone.
+PUBLISHED_AS = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
 
 def export_checkpoint(
@@ -142,7 +144,8 @@ def _write_config(
     folder: Path, model: ModelFacts, model_name: str, settings: dict[str, Any], trust_remote_code: bool
 ) -> None:
     """All but the weights: config, code that the model comes with, tokenizer, what generation needs."""
-    model.config.architectures = [type(model.meta).__name__]
+    own = type(model.meta).__name__
+    model.config.architectures = [PUBLISHED_AS.get(own, own)]
     if model.meta.is_remote_code():  # the config and the tokenizer see to their own files
         custom_object_save(model.meta, folder, config=model.config)
     model.config.save_pretrained(folder)

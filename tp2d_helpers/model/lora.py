@@ -88,7 +88,8 @@ def targets(model: torch.nn.Module, lora_targets: str) -> dict[str, tuple[int, i
     """The layers that get an adapter, by name, and their (in, out) features. A meta model will do.
 
     These are linear layers of the decoder: never the embedding or the head. A mixture's experts and most routers are
-    none. "all-linear" leaves out the routers that are: whether they are is a whim of the class.
+    none. "all-linear" leaves out the routers that are: whether they are is a whim of the class. peft's "all-linear"
+    differs on mixtures: it takes routers and, in some types, experts instead of the dense layers that have their names.
 
     Args:
         lora_targets: "all-linear", or the last parts of their names, with commas between.
