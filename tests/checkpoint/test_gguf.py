@@ -38,8 +38,8 @@ MORE_NUMBERS = {"apertus": 4 - 8, "phimoe": 8, "gemma4_text": 8}
 WITHOUT_BASE = {"falcon", "gemma", "gemma2", "gpt2", "gpt_neox", "phi", "stablelm"}
 # That transformers 5.20.2 reads from a GGUF. It leaves Falcon's queries, keys and values sorted, as llama.cpp has them,
 # gives Qwen2-MoE's gate of the shared expert three dimensions, and takes Mistral and Mixtral for Llama.
-READ = {"gemma2", "gemma3_text", "gpt2", "llama", "minimax_m2", "nemotron", "phi3", "qwen2", "qwen3", "qwen3_5_text", "qwen3_moe",
-        "stablelm", "starcoder2"}  # fmt: skip
+READ = {"gemma2", "gemma3_text", "gpt2", "llama", "minimax_m2", "nemotron", "phi3", "qwen2", "qwen3", "qwen3_5_text",
+        "qwen3_moe", "stablelm", "starcoder2"}  # fmt: skip
 
 
 @pytest.mark.slow
