@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from elsewhere import exports
+from families import TYPES
 from grid import ROOT, Run, fork_context, run_grid
 from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -274,6 +277,15 @@ def test_several_files(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in run.weights.values())
     assert_is_the_trained_model(run, folder)
+
+
+def test_files_of_a_mixture_are_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An expert's weight is counted as what it is, though all experts' are one in memory."""
+    limit = 600_000
+    monkeypatch.setattr(hugging_face, "MAX_FILE_BYTES", limit)
+    folder = exports({"qwen3_moe": TYPES["qwen3_moe"]}, tmp_path)["qwen3_moe"]
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.safetensors"))]
+    assert len(sizes) > 2 and all(one + other > limit for one, other in itertools.pairwise(sizes))
 
 
 def test_shards_that_do_not_fit() -> None:

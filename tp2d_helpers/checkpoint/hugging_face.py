@@ -249,7 +249,9 @@ def _write_weights(
         weight: gives one of them, by its name.
     """
     targets, target = published(model, whole, weight)
-    plan = split_torch_state_dict_into_shards(targets, max_shard_size=MAX_FILE_BYTES)
+    # Each with a storage of its own: of an expert, that of all experts would be counted.
+    own = {name: torch.empty_like(tensor, device="meta") for name, tensor in targets.items()}
+    plan = split_torch_state_dict_into_shards(own, max_shard_size=MAX_FILE_BYTES)
     for file, names in plan.filename_to_tensors.items():
         # `map` holds on to none of the weights.
         write_safetensors(folder / file, {name: targets[name] for name in names}, map(target, names))
