@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import importlib
 import os
 import socket
 import sys
@@ -49,7 +50,7 @@ def check_environment(starts_ray: bool = False) -> None:
         _refuse("HOME", f"and there is no home folder ({reason(error)})", "set HOME to a folder that can be written")
     _check_folders(folders)
     if starts_ray:
-        _check_interfaces()
+        check_interfaces()
 
 
 def _check_folders(folders: dict[str, Path]) -> None:
@@ -99,12 +100,34 @@ def _cannot_write(folder: Path) -> str:
     return ""
 
 
-def _check_interfaces() -> None:
-    """The network interfaces that gloo, by name, and NCCL, by the beginning of a name, are told to use are there."""
+def check_interfaces() -> None:
+    """The network interfaces that gloo, by name, and NCCL, by the beginning of a name, are told to use are there.
+
+    Raises:
+        ConfigError: as `check_environment` does.
+    """
     there = sorted(name for _, name in socket.if_nameindex())
-    for variable, matches in (("GLOO_SOCKET_IFNAME", str.__eq__), ("NCCL_SOCKET_IFNAME", str.startswith)):
-        wanted = os.environ.get(variable, "")
-        named = wanted.removeprefix("=").split(",")
-        found = any(matches(name, asked) for name in there for asked in named)
-        if wanted and not wanted.startswith("^") and not found:
-            _refuse(variable, f"there is no such interface, but {', '.join(there)}", "unset it")
+    gloo, nccl = (os.environ.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
+    exact, starts = nccl.startswith("="), [part.partition(":")[0] for part in nccl.lstrip("=").split(",")]
+    found = {
+        "GLOO_SOCKET_IFNAME": set(gloo.split(",")) <= {"", *there},  # it takes all that are listed,
+        "NCCL_SOCKET_IFNAME": nccl.startswith("^")  # and NCCL those that it finds
+        or any(name == start if exact else name.startswith(start) for name in there for start in starts),
+    }
+    for variable in [name for name, good in found.items() if not good]:
+        _refuse(variable, f"there is no such interface, but {', '.join(there)}", "unset it, or name one of these")
+
+
+def check_hook() -> None:
+    """The function that a place lets Ray ask for the environment of workers is there.
+
+    Raises:
+        ConfigError: as `check_environment` does.
+    """
+    module, _, name = os.environ.get("RAY_RUNTIME_ENV_HOOK", "").rpartition(".")
+    try:
+        if "RAY_RUNTIME_ENV_HOOK" in os.environ:
+            getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module runs as it is imported
+        what = f"Ray asks this function for the environment of workers, and it can't be imported ({reason(error)})"
+        _refuse("RAY_RUNTIME_ENV_HOOK", what, "unset it, or add its module's folder to PYTHONPATH")
