@@ -136,6 +136,16 @@ def ray_failure_policy() -> None:
     takes(DefaultFailurePolicy._is_retryable_error, "self", "training_failed_error")
 
 
+@interface("health_check_failure")
+def ray_worker_death() -> None:
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata
+
+    has(WorkerHealthCheckFailedError, "health_check_failure")
+    said = str(ActorMetadata("host", "id", "10.0.0.3", 7, {}))
+    assert "hostname='host'" in said and "node_ip='10.0.0.3'" in said and "pid=7" in said
+
+
 @interface("ElasticScalingPolicy._count_possible_workers")
 def ray_scaling_policy() -> None:
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision

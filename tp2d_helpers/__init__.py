@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,3 +56,11 @@ PUBLIC = {
 }
 __all__ = list(PUBLIC)
 __getattr__ = lazy(__name__, PUBLIC)
+
+if sys.flags.optimize:  # before any library is imported: some of them can't be without docstrings
+    from tp2d_helpers.config import ConfigError
+
+    raise ConfigError(
+        f"PYTHONOPTIMIZE = {sys.flags.optimize}, or python -O: leaves out the assertions by which DeepSpeed and the "
+        "notebook check what they compute; unset it, and start Python again"
+    )
