@@ -12,7 +12,7 @@ A folder per section of the notebook. Each stands only on those named after it (
     speed        what makes a step faster without changing its result
     data         text and chats → tokens → the batches of one DP rank; evaluation
     display      what the reader sees; `lesson`: ranks for its experiments
-    config, cache, demo, startup, heartbeat, launchers
+    config, cache, demo, startup, heartbeat, launchers, cgroups
 
 The names in `PUBLIC` can be imported from here. Nothing is loaded before it is asked for.
 """

@@ -19,12 +19,13 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 from tp2d_helpers import startup
+from tp2d_helpers.cgroups import out_of_memory_kills
 from tp2d_helpers.checkpoint.files import WRITER, lock_run, read_json
 from tp2d_helpers.checkpoint.run_folder import last_step, newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.preflight.plan import Plan
 from tp2d_helpers.train import train_func
-from tp2d_helpers.training.deaths import describe_failures, out_of_memory_kills
+from tp2d_helpers.training.deaths import describe_failures
 from tp2d_helpers.training.elastic import GridTrainer
 from tp2d_helpers.training.metrics import newest_step
 from tp2d_helpers.training.samples import FILE, read_samples

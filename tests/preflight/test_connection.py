@@ -82,8 +82,8 @@ def test_a_home_that_cannot_be_written(home: Path, monkeypatch: pytest.MonkeyPat
         check_environment(starts_ray=True)
     message = str(caught.value)
     assert message.startswith("HOME = '/proc': /proc/.cache/tp2d can't be written (") and "\n" not in message
-    assert message.endswith("set HOME to a folder that can, or TP2D_CACHE, HF_HOME, RAY_AUTH_TOKEN_PATH")
-    for name in ("TP2D_CACHE", "HF_HOME", "RAY_AUTH_TOKEN_PATH"):
+    assert message.endswith("set HOME to a folder that can, or TP2D_CACHE, HF_HOME")
+    for name in ("TP2D_CACHE", "HF_HOME"):
         monkeypatch.setenv(name, str(home / name))
     check_environment(starts_ray=True)
 

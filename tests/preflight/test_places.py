@@ -30,7 +30,7 @@ LAUNCHERS = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": "3", "AZ
 SETTINGS = dict(model_name="demo", dataset_name="demo", use_gpu=False, tp_size=2, dp_size=2, seq_length=64,
                 batch_size_per_gpu=2, learning_rate=1e-3, debug_steps=2, log_interval=1, max_failures=0)  # fmt: skip
 DRIVER = """
-import json, sys
+import json, sys, time
 sys.path[:0] = json.loads(sys.argv[1])
 from tp2d_helpers.config import make_config
 from tp2d_helpers.launch import launch
@@ -45,6 +45,7 @@ def train_func(config):
     train.train_func(config)
 
 
+began = time.monotonic()
 try:
     plan = preflight(make_config(**settings))
     print(json.dumps(plan.resources_per_worker))
@@ -52,12 +53,13 @@ try:
         print(launch(plan, train_func).error)
 except (ValueError, RuntimeError) as error:
     print(error)
+print(time.monotonic() - began)
 """
 
 
 @pytest.fixture(scope="module")
 def drive() -> Iterator[Callable[..., tuple[list[str], float]]]:
-    """drive(training, **environment): what a driver on two nodes prints, and after how many seconds it ends."""
+    """drive(training, **environment): what a driver on two nodes prints, and its seconds without imports."""
     with tempfile.TemporaryDirectory(prefix="tp2d-") as name:
         folder, nodes = Path(name), []
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS", JOB)}
@@ -66,12 +68,13 @@ def drive() -> Iterator[Callable[..., tuple[list[str], float]]]:
 
         def driver(training: bool, **environment: str) -> tuple[list[str], float]:
             settings = SETTINGS | {"storage_path": str(folder / "runs")}
-            paths, began = [str(ROOT), str(ROOT / "tests")], time.monotonic()
+            paths = [str(ROOT), str(ROOT / "tests")]
             command = [sys.executable, "driver.py", json.dumps(paths), json.dumps([settings, training])]
             ran = subprocess.run(command, env=kept | {"RAY_ADDRESS": address} | environment, cwd=folder,
                                  capture_output=True, text=True, timeout=300)  # fmt: skip
             assert ran.returncode == 0, ran.stderr
-            return ran.stdout.splitlines(), time.monotonic() - began
+            *printed, seconds = ran.stdout.splitlines()
+            return printed, float(seconds)
 
         try:
             address = start_two(folder, kept | LAUNCHERS, [], nodes)

@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from tp2d_helpers import launch
+from tp2d_helpers import cgroups, launch
 from tp2d_helpers.config import Config, make_config
 from tp2d_helpers.preflight.plan import preflight
 from tp2d_helpers.training import deaths
@@ -98,9 +98,9 @@ def test_the_kernel_s_count_says_more(
         (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cgroup" / name).write_text(text)
     (tmp_path / "self").write_text(groups)
-    monkeypatch.setattr(deaths, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(deaths, "OWN_GROUPS", tmp_path / "self")
-    assert deaths.out_of_memory_kills() == 3
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "self")
+    assert cgroups.out_of_memory_kills() == 3
     for host, before, by_kernel in (
         (socket.gethostname(), 2, True),
         (socket.gethostname(), 3, False),

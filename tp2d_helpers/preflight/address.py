@@ -13,19 +13,21 @@ import ray
 
 from tp2d_helpers.config import ConfigError
 
-ANSWER_SECONDS = 12  # for a cluster; the process that asks takes two of them to start
+ANSWER_SECONDS = 8  # for a cluster
+START_SECONDS = 60  # for the process that asks it, which imports Ray: seconds, or more from a network storage
 HOST_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s\[\]:/@?#]+):(\d{1,5})")
 # In a process of its own, since Ray's client goes on asking for minutes. "auto" becomes what `ray.init` makes of it.
 ASK = """
-import json, socket, sys
+import json, signal, socket, sys
 from ray._common.usage.usage_lib import get_cluster_metadata
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import GcsClient
 
+signal.alarm(int(sys.argv[2]))  # ends this process, whatever it waits for
 address = canonicalize_bootstrap_address_or_die(sys.argv[1])
 print(address, flush=True)
 host, _, port = address.rpartition(":")
-socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+socket.create_connection((host.strip("[]"), int(port)), timeout=int(sys.argv[2])).close()
 print(json.dumps(get_cluster_metadata(GcsClient(address=address))))
 """
 
@@ -57,13 +59,12 @@ def find_cluster(address: str) -> str:
     Raises:
         ConfigError: if none answers within `ANSWER_SECONDS`, or one of other versions.
     """
-    asking = subprocess.Popen(
-        [sys.executable, "-c", ASK, address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    trouble = f"nothing within {ANSWER_SECONDS} s"
+    command, trouble = [sys.executable, "-c", ASK, address, str(ANSWER_SECONDS)], f"nothing within {ANSWER_SECONDS} s"
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        asking.wait(ANSWER_SECONDS)
+        asking.wait(START_SECONDS)
     except subprocess.TimeoutExpired:
+        trouble = f"Python took more than {START_SECONDS} s to import Ray and ask"
         asking.kill()
     output, errors = asking.communicate()
     found = output.splitlines()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ray.util.client import ray as client
 import tp2d_helpers
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.preflight.address import check_form, find_cluster
-from tp2d_helpers.preflight.environment import check_environment, check_hook
+from tp2d_helpers.preflight.environment import cannot_write, check_environment, check_hook, token_file
 
 WORKER_SECONDS = 120  # for a first worker process
 BUILD_SECONDS = 900  # for one whose node installs packages first: Ray itself gives up after 600
@@ -72,6 +73,7 @@ def _start_here() -> None:
     # Ray puts the interpreter's path into a line of shell as it is, and waits for ever for what a space makes of it.
     quoted = shlex.quote(sys.executable)
     env = {"py_executable": quoted} if quoted != sys.executable else {}
+    _bring_token()
     # Under `uv run`, workers are started by this interpreter, too, and not by uv once more.
     uv = {} if UV in os.environ else {UV: False}
     try:
@@ -80,9 +82,16 @@ def _start_here() -> None:
         # takes clusters for impossible (its default on macOS and Windows) it stays inside.
         with _constants(ENABLE_RAY_CLUSTER=False, **uv):
             ray.init("local", log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         cure = "Its files go to RAY_TMPDIR: set it to a short path that can be written, if that is the trouble"
         raise ConfigError(f"Ray can't start on this machine: {reason(error)}. {cure}") from error
+
+
+def _bring_token() -> None:
+    """Where Ray has no token, and can't write one into the home folder, it gets one for this process's own Ray."""
+    wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
+    if wanted and not token_file().exists() and cannot_write(token_file().parent):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
 
 
 def _join(address: str) -> None:
@@ -96,7 +105,7 @@ def _join(address: str) -> None:
     try:
         env = _helpers()
         ray.init(found, log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"RAY_ADDRESS = {address!r}: a cluster answers, and can't be joined: {reason(error)}"
         ) from error

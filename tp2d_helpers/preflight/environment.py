@@ -51,6 +51,7 @@ def check_environment(starts_ray: bool = False) -> None:
     except RuntimeError as error:  # of `Path.home`
         _refuse("HOME", f"and there is no home folder ({reason(error)})", "set HOME to a folder that can be written")
     _check_folders(folders)
+    _check_token()
     if starts_ray:
         check_interfaces()
 
@@ -60,7 +61,7 @@ def _check_folders(folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         if not folder.is_absolute():
             _refuse(name, "no absolute path, and workers have another working folder", f"set it to {folder.absolute()}")
-        if (trouble := _cannot_write(folder)) and name in os.environ:
+        if (trouble := cannot_write(folder)) and name in os.environ:
             _refuse(name, f"{folder} can't be written ({trouble})", "set it to a folder that can")
         if trouble:
             lacking[name] = f"{folder} can't be written ({trouble})"
@@ -82,16 +83,29 @@ def _caches() -> dict[str, Path]:
 
 
 def _rays() -> dict[str, Path]:
-    """{variable: folder} of what Ray writes as it starts: its sockets and logs, and a token, unless there is one."""
-    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    folders = {"RAY_TMPDIR": Path(temporary)}
-    token, off = Path("~/.ray/auth_token").expanduser(), os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
-    if not (off or token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)):
-        folders["RAY_AUTH_TOKEN_PATH"] = token.parent
-    return folders
+    """{variable: folder} of what Ray writes as it starts: its sockets and logs."""
+    return {"RAY_TMPDIR": Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")}
 
 
-def _cannot_write(folder: Path) -> str:
+def token_file() -> Path:
+    """From which Ray reads its token, unless it is in `RAY_AUTH_TOKEN`."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _check_token() -> None:
+    unused = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN")
+    if unused or not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        if not token_file().read_text().strip():
+            raise OSError(0, "the file is empty")
+    except (OSError, ValueError) as error:
+        what = f"Ray can't read a token there ({getattr(error, 'strerror', None) or reason(error)})"
+        cure = "write the cluster's token into it (for a Ray of this machine alone, any word), or unset it"
+        _refuse("RAY_AUTH_TOKEN_PATH", what, cure)
+
+
+def cannot_write(folder: Path) -> str:
     """Why not; "" if it can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ray.exceptions import OutOfMemoryError, RayError
 
+from tp2d_helpers.cgroups import out_of_memory_kills
 from tp2d_helpers.config import Config
 
-CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CRASH = r"(?s).*Fatal Python error: ([\w ]+).*\(total: \d+\)\s*\Z"  # as Python's handler of signals ends a log
 LOG_END = 100_000  # bytes of a log in which a crash is looked for
 
@@ -63,24 +63,6 @@ def _death(cause: Exception, pid: str, log: Path, config: Config, kernel_killed:
     if "End of file" in text:
         return f"was killed, perhaps as its node's memory was full; if so, {less}"
     return f"died: {' '.join(text.split())[:300].rstrip('.')}; {again}"
-
-
-def out_of_memory_kills() -> int:
-    """Processes of this one's container that the kernel killed as memory was full, so far; 0 where nothing says so.
-
-    A cgroup counts those below it, in version 1 only its own: so all levels that can be seen are added up.
-    """
-    count = 0
-    with contextlib.suppress(OSError):
-        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds in ("", "memory"):
-                root, file = (CGROUPS, "memory.events") if not kinds else (CGROUPS / kinds, "memory.oom_control")
-                below = root / path.lstrip("/")
-                for folder in {root, below, *(parent for parent in below.parents if parent.is_relative_to(root))}:
-                    with contextlib.suppress(OSError):
-                        count += int(_find(r"(?m)^oom_kill (\d+)", (folder / file).read_text()) or 0)
-    return count
 
 
 def _find(pattern: str, text: str) -> str:
