@@ -142,7 +142,7 @@ def test_a_head_that_was_killed(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
             connection.connect()
     finally:
         process.kill()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("there", [
@@ -231,7 +231,7 @@ def test_a_place_that_starts_workers_by_another_python(
 ) -> None:
     (tmp_path / "hook.py").write_text("def python(env):\n    return env | {'py_executable': '/no/such/python'}\n")
     said, seconds = under_uv(tmp_path, **environment | {"PYTHONPATH": f"{IMPORT_PATH}{os.pathsep}{tmp_path}"})
-    assert all(part in said for part in parts) and seconds < 15, said
+    assert all(part in said for part in parts) and seconds < 60, said
 
 
 LAUNCH = """

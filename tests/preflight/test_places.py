@@ -29,6 +29,7 @@ LAUNCHERS = {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": "3", "AZ
              "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # fmt: skip
 SETTINGS = dict(model_name="demo", dataset_name="demo", use_gpu=False, tp_size=2, dp_size=2, seq_length=64,
                 batch_size_per_gpu=2, learning_rate=1e-3, debug_steps=2, log_interval=1, max_failures=0)  # fmt: skip
+SOON = 60  # seconds: of 5 to 15 on a quiet machine; it was minutes, or for ever
 DRIVER = """
 import json, sys, time
 sys.path[:0] = json.loads(sys.argv[1])
@@ -65,13 +66,16 @@ def drive() -> Iterator[Callable[..., tuple[list[str], float]]]:
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS", JOB)}
         kept |= {"RAY_AUTH_MODE": "disabled", "TP2D_LOG": str(folder / "log")}
         (folder / "driver.py").write_text(DRIVER)
+        (folder / "run").write_text("import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)")
 
-        def driver(training: bool, **environment: str) -> tuple[list[str], float]:
+        def driver(training: bool, above: str = "", **environment: str) -> tuple[list[str], float]:
             settings = SETTINGS | {"storage_path": str(folder / "runs")}
             paths = [str(ROOT), str(ROOT / "tests")]
             command = [sys.executable, "driver.py", json.dumps(paths), json.dumps([settings, training])]
-            ran = subprocess.run(command, env=kept | {"RAY_ADDRESS": address} | environment, cwd=folder,
-                                 capture_output=True, text=True, timeout=300)  # fmt: skip
+            if above:  # a process that calls itself "uv run", and starts the driver
+                command = [above, "run", *command]
+            ran = subprocess.run(command, executable=sys.executable, env=kept | {"RAY_ADDRESS": address} | environment,
+                                 cwd=folder, capture_output=True, text=True, timeout=300)  # fmt: skip
             assert ran.returncode == 0, ran.stderr
             *printed, seconds = ran.stdout.splitlines()
             return printed, float(seconds)
@@ -83,6 +87,9 @@ def drive() -> Iterator[Callable[..., tuple[list[str], float]]]:
         finally:
             for node in reversed(nodes):
                 stop(node)
+
+
+EACH_A_CORE = '{"CPU": 1.0}'
 
 
 def submitted(**runtime_env: Any) -> dict[str, str]:
@@ -106,7 +113,7 @@ def test_other_launchers_and_what_a_job_brings(drive: Callable) -> None:
 @pytest.mark.parametrize("name", ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"])
 def test_an_interface_that_nodes_do_not_have(drive: Callable, name: str) -> None:
     [said], seconds = drive(False, **submitted(env_vars={name: "eth77"}))
-    assert said.startswith(f"node {NODES[0]}: {name} = 'eth77': there is no such interface, but ") and seconds < 15, (
+    assert said.startswith(f"node {NODES[0]}: {name} = 'eth77': there is no such interface, but ") and seconds < SOON, (
         said
     )
 
@@ -114,7 +121,18 @@ def test_an_interface_that_nodes_do_not_have(drive: Callable, name: str) -> None
 @pytest.mark.slow
 def test_a_python_that_is_not_there(drive: Callable) -> None:
     [said], seconds = drive(False, **submitted(py_executable="/no/such/python"))
-    assert "py_executable = '/no/such/python' (by the job's runtime_env)" in said and seconds < 15, said
+    assert "py_executable = '/no/such/python' (by the job's runtime_env)" in said and seconds < SOON, said
+    assert "or name a Python with the driver's" in said
+    assert drive(False, **submitted(py_executable=sys.executable))[0] == [EACH_A_CORE]
+
+
+@pytest.mark.slow
+def test_under_uv_run(drive: Callable) -> None:
+    """With the variable that the refusal names, workers have the nodes' Python. And "auto" is resolved."""
+    auto = {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(drive.folder)}
+    [said], seconds = drive(False, "uv", **auto)
+    assert "set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 and start Python again" in said and seconds < SOON, said
+    assert drive(False, "uv", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0", **auto)[0] == [EACH_A_CORE]
 
 
 @pytest.mark.slow
@@ -140,7 +158,8 @@ time.sleep(99)
             holder.kill()
             holder.wait()
         assert expected in said, said
-    assert f"(pid {holder.pid} on {NODES[0]})" in said and "End them, or take fewer workers" in said and seconds < 25
+    assert drive(False)[0] == [EACH_A_CORE]
+    assert f"(pid {holder.pid} on {NODES[0]})" in said and "End them, or take fewer workers" in said and seconds < SOON
 
 
 @pytest.mark.slow
@@ -164,7 +183,7 @@ def test_a_cluster_of_another_ray(drive: Callable, by: str) -> None:
     finally:
         change(true)
     assert "the cluster has Ray 2.9.3 on Python 3.9.1, and here it is Ray " + ray.__version__ in said, said
-    assert drive.address in said and seconds < 15
+    assert drive.address in said and seconds < SOON
 
 
 @pytest.mark.slow
@@ -173,8 +192,7 @@ def test_a_node_alone_and_a_head_that_was_killed(drive: Callable) -> None:
     stop(drive.nodes.pop())
     time.sleep(1)
     [said], seconds = drive(False, **submitted(env_vars={"GLOO_SOCKET_IFNAME": "eth77"}))
-    assert said.startswith(f"node {NODES[0]}: GLOO_SOCKET_IFNAME = 'eth77'") and seconds < 15, said
+    assert said.startswith(f"node {NODES[0]}: GLOO_SOCKET_IFNAME = 'eth77'") and seconds < SOON, said
     stop(drive.nodes.pop())
-    for there in ("auto", drive.address):
-        [said], seconds = drive(False, RAY_ADDRESS=there, RAY_TMPDIR=str(drive.folder))
-        assert "no Ray cluster answers there (Connect" in said and drive.address in said and seconds < 10, said
+    [said], seconds = drive(False)
+    assert "no Ray cluster answers there (Connect" in said and drive.address in said and seconds < SOON, said
