@@ -79,6 +79,15 @@ print(json.dumps(found))
 """
 
 
+CONNECT = """
+from tp2d_helpers.preflight import connection
+try:
+    connection.connect()
+except ValueError as error:
+    print(error)
+"""
+
+
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """Of the cluster; a short path, since Ray keeps sockets in it."""
@@ -108,6 +117,9 @@ def run(folder: Path, can_hide: bool) -> Iterator[SimpleNamespace]:
     nodes = []
     try:
         address = start_two(folder, kept, [cache, own] if can_hide else [], nodes)
+        without = {name: value for name, value in kept.items() if "RAY_AUTH" not in name}
+        without |= {"RAY_ADDRESS": address, "HOME": str(folder / "elsewhere"), "PYTHONPATH": str(ROOT)}
+        stranger = subprocess.run([sys.executable, "-c", CONNECT], env=without, capture_output=True, text=True)
         (folder / "elsewhere" / "driver.py").write_text(DRIVER)
         settings = SETTINGS | {"storage_path": str(folder / "runs"), "own": str(own)}
         command = [sys.executable, "driver.py", str(ROOT), str(ROOT / "tests"), json.dumps(settings)]
@@ -118,7 +130,8 @@ def run(folder: Path, can_hide: bool) -> Iterator[SimpleNamespace]:
         run_dir = folder / "runs" / "two_nodes"
         places = [json.loads((run_dir / f"place_{rank}.json").read_text()) for rank in range(4)]
         found = json.loads(driver.stdout.splitlines()[-1])
-        yield SimpleNamespace(dir=run_dir, places=places, found=found, output=driver.stdout + driver.stderr)
+        yield SimpleNamespace(dir=run_dir, places=places, found=found, output=driver.stdout + driver.stderr,
+                              stranger=stranger)  # fmt: skip
     finally:
         for node in reversed(nodes):
             stop(node)
@@ -136,6 +149,12 @@ def test_two_nodes_train_as_one_machine(run: SimpleNamespace) -> None:
     assert list(run.dir.glob("checkpoint_00000004/**/*.pt"))
     for name in ("step", "loss", "grad_norm", "learning_rate", "tokens"):
         assert [record[name] for record in now] == pytest.approx([record[name] for record in then], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_without_the_token_it_is_told(run: SimpleNamespace) -> None:
+    """With it, as the message says, the run above was made."""
+    assert run.stranger.stdout.strip().endswith("needs RAY_AUTH_MODE=token and the token here, too."), run.stranger
 
 
 @pytest.mark.slow
