@@ -51,11 +51,45 @@ def ray_on_loopback() -> None:
     assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
 
 
-@interface("ray health-check")
-def ray_health_check() -> None:
-    from ray.scripts.scripts import cli
+@interface("get_cluster_metadata")
+def ray_answers() -> None:
+    from ray._common.usage.usage_lib import get_cluster_metadata
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._raylet import GcsClient
 
-    assert "--address" in [option for parameter in cli.commands["health-check"].params for option in parameter.opts]
+    takes(get_cluster_metadata, "gcs_client")
+    takes(canonicalize_bootstrap_address_or_die, "addr")
+    assert callable(GcsClient)
+
+
+@interface("uv_runtime_env_hook")
+def ray_under_uv() -> None:
+    from ray._private import ray_constants, worker
+    from ray._private.runtime_env.uv_runtime_env_hook import _get_uv_run_cmdline
+
+    from tp2d_helpers.preflight.connection import UV
+
+    takes(_get_uv_run_cmdline)
+    has(ray_constants, UV)
+    assert f"ray_constants.{UV}" in inspect.getsource(worker._maybe_modify_runtime_env)
+
+
+@interface("RAY_JOB_CONFIG_JSON_ENV_VAR")
+def ray_job() -> None:
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    from tp2d_helpers.preflight.connection import JOB
+
+    assert JOB == RAY_JOB_CONFIG_JSON_ENV_VAR
+
+
+@interface("available_resources_per_node")
+def ray_state() -> None:
+    from ray._private import state
+
+    takes(state.available_resources_per_node)
+    takes(state.jobs)
+    assert all(name in inspect.getsource(state.GlobalState.job_table) for name in ("DriverIPAddress", "Entrypoint"))
 
 
 @interface("dynamic_module_utils")
@@ -100,6 +134,16 @@ def ray_failure_policy() -> None:
     from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 
     takes(DefaultFailurePolicy._is_retryable_error, "self", "training_failed_error")
+
+
+@interface("health_check_failure")
+def ray_worker_death() -> None:
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train.v2._internal.execution.worker_group.worker import ActorMetadata
+
+    has(WorkerHealthCheckFailedError, "health_check_failure")
+    said = str(ActorMetadata("host", "id", "10.0.0.3", 7, {}))
+    assert "hostname='host'" in said and "node_ip='10.0.0.3'" in said and "pid=7" in said
 
 
 @interface("ElasticScalingPolicy._count_possible_workers")

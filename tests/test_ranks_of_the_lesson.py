@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,18 +15,22 @@ from tp2d_helpers.lesson import on_ranks
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=1, num_gpus=0, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    """On a machine where mpirun started the notebook's server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "7")
+        ray.init(num_cpus=1, num_gpus=0, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
 
 
 def test_ranks_reduce_together_and_answer_in_order() -> None:
-    def ask(rank: int) -> tuple[int, int, float]:
+    def ask(rank: int) -> tuple[int, int, float, str | None]:
         total = torch.tensor(float(rank + 1))
         dist.all_reduce(total)
-        return rank, dist.get_world_size(), total.item()
+        return rank, dist.get_world_size(), total.item(), os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")
 
-    assert on_ranks(ask, 3) == [(0, 3, 6.0), (1, 3, 6.0), (2, 3, 6.0)], "more ranks than the cluster has cores"
+    expected = [(rank, 3, 6.0, None) for rank in range(3)]
+    assert on_ranks(ask, 3) == expected, "more ranks than the cluster has cores"
 
 
 def test_an_error_is_passed_on() -> None:

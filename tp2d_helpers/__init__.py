@@ -12,7 +12,7 @@ A folder per section of the notebook. Each stands only on those named after it (
     speed        what makes a step faster without changing its result
     data         text and chats → tokens → the batches of one DP rank; evaluation
     display      what the reader sees; `lesson`: ranks for its experiments
-    config, cache, demo, startup, heartbeat
+    config, cache, demo, startup, heartbeat, launchers, cgroups
 
 The names in `PUBLIC` can be imported from here. Nothing is loaded before it is asked for.
 """
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,3 +56,11 @@ PUBLIC = {
 }
 __all__ = list(PUBLIC)
 __getattr__ = lazy(__name__, PUBLIC)
+
+if sys.flags.optimize:  # before any library is imported: some of them can't be without docstrings
+    from tp2d_helpers.config import ConfigError
+
+    raise ConfigError(
+        f"PYTHONOPTIMIZE = {sys.flags.optimize}, or python -O: leaves out the assertions by which DeepSpeed and the "
+        "notebook check what they compute; unset it, and start Python again"
+    )

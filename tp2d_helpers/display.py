@@ -6,14 +6,21 @@ import ast
 import html
 import inspect
 import math
+import os
 import statistics
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import Markdown, display
+
+if hasattr(get_ipython(), "kernel") and "matplotlib" not in sys.modules:  # where the reader hasn't chosen one
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # an image's "Agg" would show no figure
+
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pygments import highlight

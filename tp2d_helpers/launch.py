@@ -19,11 +19,13 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
 from tp2d_helpers import startup
+from tp2d_helpers.cgroups import out_of_memory_kills
 from tp2d_helpers.checkpoint.files import WRITER, lock_run, read_json
 from tp2d_helpers.checkpoint.run_folder import last_step, newest_checkpoint
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.preflight.plan import Plan
 from tp2d_helpers.train import train_func
+from tp2d_helpers.training.deaths import describe_failures
 from tp2d_helpers.training.elastic import GridTrainer
 from tp2d_helpers.training.metrics import newest_step
 from tp2d_helpers.training.samples import FILE, read_samples
@@ -34,7 +36,7 @@ MOST_LINES = 30  # of progress in one launch, however long the run
 
 
 class TrainingFailed(RuntimeError):
-    """The run ended with an error. The message has the first worker's, and where the logs are."""
+    """The run ended with an error. The message has that of the worker at fault, and where its log is."""
 
     _render_traceback_ = ConfigError._render_traceback_
 
@@ -110,7 +112,7 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
         steps = f"steps {done + 1} to {total}" if done < total else f"all {total} steps are done"
         workers = f"{config.num_workers} worker{'s' * (config.num_workers > 1)}"
         print(f"{workers}, {steps}; logs: {config.run_dir / 'logs'}", flush=True)
-        finished, began = threading.Event(), time.time()
+        finished, began, killed_before = threading.Event(), time.time(), out_of_memory_kills()
         arguments = (path, done, total, every, began, finished, trackers)
         thread = threading.Thread(target=_print_progress, args=arguments, daemon=True)
         thread.start()
@@ -120,7 +122,7 @@ def follow(config: Config, steps_per_epoch: int) -> Iterator[None]:
             _kill_actors(error)
             raise TrainingInterrupted(_describe_interrupt(config, total)) from None
         except Exception as error:
-            raise TrainingFailed(_describe(error, config)) from None
+            raise TrainingFailed(_describe(error, config, killed_before)) from None
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, interrupt)
@@ -190,7 +192,7 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _describe(error: Exception, config: Config) -> str:
+def _describe(error: Exception, config: Config, killed_before: int) -> str:
     failures = getattr(error, "worker_failures", {})
     stall = read_json(config.run_dir / "stalled.json")  # of the last attempt: the next one gives it another name
     if stall:
@@ -199,12 +201,7 @@ def _describe(error: Exception, config: Config) -> str:
         return f"{stall['message']} (at {at})\nWhere the ranks hung: {config.run_dir / 'logs'}{after}"
     if not failures:
         return f"{error}\nWorker logs: {config.run_dir / 'logs'}"
-    rank, failure = min(failures.items())
-    reason = str(failure).strip().splitlines() or [type(failure).__name__]
-    return (
-        f"{len(failures)} of {config.num_workers} workers failed; rank {rank}: {reason[-1]}\n"
-        f"Its log: {config.run_dir / 'logs' / f'rank_{rank}.log'}"
-    )
+    return describe_failures(failures, config, killed_before)
 
 
 def _describe_interrupt(config: Config, total: int) -> str:

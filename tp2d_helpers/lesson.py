@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TypeVar
 import ray
 import torch.distributed as dist
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tp2d_helpers.launchers import be_rank
 
 Result = TypeVar("Result")
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -29,7 +30,7 @@ def on_ranks(function: Callable[[int], Result], world_size: int = 2) -> list[Res
     @ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=here, runtime_env={"env_vars": CPU_ONLY})
     def run(rank: int, meeting_place: str) -> Result:
         """One rank: join the group, call, leave."""
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # DeepSpeed asks for them
+        be_rank(rank, world_size)
         dist.init_process_group("gloo", f"file://{meeting_place}", rank=rank, world_size=world_size)
         try:
             return function(rank)

@@ -23,6 +23,7 @@ from tp2d_helpers.checkpoint.run_folder import Progress
 from tp2d_helpers.checkpoint.save_load import load_checkpoint, save_checkpoint
 from tp2d_helpers.data.dataloader import create_dataloader, data_settings, global_batches
 from tp2d_helpers.data.evaluation import evaluate
+from tp2d_helpers.launchers import forget_others
 from tp2d_helpers.model.engine import setup_model_with_autotp
 from tp2d_helpers.planning.out_of_memory import explain_out_of_memory
 from tp2d_helpers.speed import graphs
@@ -109,9 +110,10 @@ class Worker:
 def worker(config: dict[str, Any]) -> Iterator[Worker]:
     """What surrounds the loop on a worker.
 
-    A log file of its own, the grid that the workers there are can form, a watchdog, the run's folder held against
-    other writers, words for what runs out of memory, and CUDA graphs freed at the end.
+    An environment of Ray's alone, a log file of its own, the grid that the workers there are can form, a watchdog, the
+    run's folder held against other writers, words for what runs out of memory, and CUDA graphs freed at the end.
     """
+    forget_others()
     context, folder = ray.train.get_context(), Path(config["storage_path"], config["experiment_name"])
     rank, world_size = context.get_world_rank(), context.get_world_size()
     log_to_file(folder, rank)

@@ -27,9 +27,10 @@ from ci.notebook.check import check
 @contextlib.contextmanager
 def own_kernel() -> Iterator[None]:
     """Make "python3" name a kernel of this interpreter, whatever kernels the machine or the user has installed."""
-    before = os.environ.get("JUPYTER_PATH")
+    before, options = os.environ.get("JUPYTER_PATH"), ["--IPKernelApp.log_level=ERROR"]
+    finds_helpers = {"env": {"PYTHONSAFEPATH": ""}}  # with it, ipykernel takes the notebook's folder off the path
     with tempfile.TemporaryDirectory() as folder:
-        write_kernel_spec(Path(folder, "kernels", "python3"), extra_arguments=["--IPKernelApp.log_level=ERROR"])
+        write_kernel_spec(Path(folder, "kernels", "python3"), finds_helpers, options)
         os.environ["JUPYTER_PATH"] = folder + (os.pathsep + before if before else "")
         try:
             yield

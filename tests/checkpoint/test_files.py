@@ -89,12 +89,12 @@ def test_workers_wait_for_those_of_a_launch_that_was_killed(tmp_path: Path) -> N
 
 
 @contextlib.contextmanager
-def another_machine(record: Path, alive: bool) -> Iterator[None]:
+def another_machine(record: Path, alive: bool, clock: float = 0) -> Iterator[None]:
     """A record that another machine wrote a moment ago; if it is alive, it writes it every 0.1 s."""
     done = threading.Event()
 
     def sign() -> None:
-        write_json(record, dict(pid=7, host="far", machine="another", started="today", time=time.time()))
+        write_json(record, dict(pid=7, host="far", machine="another", started="today", time=time.time() + clock))
 
     def go_on() -> None:
         while not done.wait(0.1):
@@ -108,19 +108,23 @@ def another_machine(record: Path, alive: bool) -> Iterator[None]:
         yield
     finally:
         done.set()
+        if alive:
+            thread.join()
 
 
-def test_a_launch_on_another_machine_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("clock", [0, -1800, 1800])
+def test_a_launch_on_another_machine_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch, clock: int) -> None:
+    """Whatever the seconds between the clocks."""
     monkeypatch.setattr(files, "WATCH_SECONDS", 2)
     record = config.run_dir / ".lock.json"
     with (
-        another_machine(record, alive=True),
+        another_machine(record, alive=True, clock=clock),
         pytest.raises(ConfigError, match=r"another run is writing to .*started by pid 7 on far at today"),
         lock_run(config),
     ):
         pass
     assert read_json(record)["host"] == "far", "the owner's record stays"
-    with another_machine(record, alive=False):
+    with another_machine(record, alive=False, clock=clock):
         began = time.monotonic()
         with lock_run(config):
             assert time.monotonic() - began >= 2 and read_json(record)["pid"] == os.getpid()

@@ -78,8 +78,9 @@ def test_links_by_hand() -> None:
 
 
 def test_on_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on GPUs, but with gloo: two ranks reduce, and one trains."""
-    for name, value in dict(GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1").items():
+    """As on GPUs, but with gloo: two ranks reduce, and one trains, whatever mpirun has said of another world."""
+    mpirun = dict(OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_LOCAL_RANK="3", TORCHELASTIC_USE_AGENT_STORE="True")
+    for name, value in dict(GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", **mpirun).items():
         monkeypatch.setenv(name, value)
     large, small = calibrate.in_processes(partial(calibrate.all_reduce_seconds, elements=1000), 2)
     assert large > 0 and small > 0

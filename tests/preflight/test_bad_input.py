@@ -595,7 +595,7 @@ def test_fp8_where_one_type_of_gpu_cannot() -> None:
 def test_replicas_that_never_fit_into_nodes(
     monkeypatch: pytest.MonkeyPatch, nodes: list[int], settings: dict[str, int], refused: str
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "_alive", lambda: [{"Resources": {"CPU": 8.0, "GPU": gpus}} for gpus in nodes])
+    monkeypatch.setattr(ray_cluster, "alive", lambda: [{"Resources": {"CPU": 8.0, "GPU": gpus}} for gpus in nodes])
     config = make_config(use_gpu=True, gradient_accumulation_steps=4, **settings)
     if not refused:
         return ray_cluster.check_replicas(config, {"GPU": 1.0})
@@ -607,7 +607,7 @@ def test_replicas_that_never_fit_into_nodes(
 def test_preflight_asks_about_replicas(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes of one core each: four workers find a place there, but no TP group of four."""
     half = [{"NodeManagerAddress": "127.0.0.1", "Resources": {"CPU": 1.0}}] * 2
-    monkeypatch.setattr(ray_cluster, "_alive", lambda: half)
+    monkeypatch.setattr(ray_cluster, "alive", lambda: half)
     refused("min_dp_size = 1", "room for 0 of tp_size 4", tp_size=4, min_dp_size=1)
 
 

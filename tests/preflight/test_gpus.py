@@ -15,8 +15,7 @@ from ray.cluster_utils import Cluster
 
 from tp2d_helpers.config import Config, ConfigError, make_config
 from tp2d_helpers.demo import demo_model
-from tp2d_helpers.preflight import cluster as ray_cluster
-from tp2d_helpers.preflight import gpus, plan
+from tp2d_helpers.preflight import gpus, nodes, plan
 
 CONFIG = dict(model_name="demo", dataset_name="demo", use_gpu=True, tp_size=1, dp_size=1, seq_length=64)
 
@@ -49,9 +48,9 @@ def test_a_torch_that_cannot_use_the_gpus_that_ray_counts(
 ) -> None:
     (tmp_path / "probe").touch()
     with pytest.raises(ConfigError, match=r"^node [\d.]+: torch \S+ is built without CUDA, .* install a torch") as said:
-        ray_cluster.check_nodes(config, tmp_path / "probe")
+        nodes.check_nodes(config, tmp_path / "probe")
     assert torch.__version__ in str(said.value)
-    assert ray_cluster.check_nodes(config.change(use_gpu=False), tmp_path / "probe") == ", shared by 2 nodes"
+    assert nodes.check_nodes(config.change(use_gpu=False), tmp_path / "probe") == ", shared by 2 nodes"
     monkeypatch.setattr(plan, "connect", ray.cluster_resources)
     with pytest.raises(ConfigError, match="is built without CUDA"):
         plan.preflight(config)
@@ -68,7 +67,7 @@ def test_a_node_whose_gpus_are_taken_is_passed_over(
     taken = ray.remote(num_cpus=0, num_gpus=2)(lambda: time.sleep(60)).remote()
     while ray.available_resources().get("GPU"):
         time.sleep(0.1)
-    assert ray_cluster.check_nodes(config, tmp_path / "probe").startswith(", shared by 1 node")
+    assert nodes.check_nodes(config, tmp_path / "probe").startswith(", shared by 1 node")
     ray.cancel(taken, force=True)
 
 
@@ -77,12 +76,12 @@ def test_a_node_alone_and_in_time(
     cluster: Cluster, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [node for node in ray.nodes() if node["Resources"].get("GPU")]
-    monkeypatch.setattr(ray_cluster, "_alive", lambda: alone)
+    monkeypatch.setattr(nodes, "alive", lambda: alone)
     with pytest.raises(ConfigError, match="is built without CUDA"):
-        ray_cluster.check_nodes(config, tmp_path / "probe")
+        nodes.check_nodes(config, tmp_path / "probe")
     monkeypatch.setattr(gpus, "TRIAL_SECONDS", 0)
     with pytest.raises(ConfigError, match="has not tried its GPU within 0 s"):
-        ray_cluster.check_nodes(config, tmp_path / "probe")
+        nodes.check_nodes(config, tmp_path / "probe")
 
 
 # What a GPU says, as PyTorch tells it

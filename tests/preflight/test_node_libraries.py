@@ -12,8 +12,7 @@ from grid import ROOT
 from ray.cluster_utils import Cluster
 
 from tp2d_helpers.config import Config, ConfigError, make_config
-from tp2d_helpers.preflight import cluster as ray_cluster
-from tp2d_helpers.preflight import connection
+from tp2d_helpers.preflight import connection, nodes
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def connected(
 
 def test_other_versions(connected: Callable[..., tuple[Config, Path]]) -> None:
     with pytest.raises(ConfigError, match=r"^node [\d.]+: has transformers 4\.0, and the driver 5\.\S+; install req"):
-        ray_cluster.check_nodes(*connected())
+        nodes.check_environments(connected()[0])
 
 
 def test_helpers_that_are_not_there_and_are_brought(connected: Callable[..., tuple[Config, Path]], old: Path) -> None:
@@ -65,10 +64,11 @@ def test_helpers_that_are_not_there_and_are_brought(connected: Callable[..., tup
     try:
         arguments = connected()
         with pytest.raises(ConfigError, match=r"^node [\d.]+: lacks tp2d_helpers; install .* or let Ray bring"):
-            ray_cluster.check_nodes(*arguments)
+            nodes.check_environments(arguments[0])
         ray.shutdown()
         arguments = connected(py_modules=[str(ROOT / "tp2d_helpers")])
-        assert ray_cluster.check_nodes(*arguments) == ", shared by 1 node"
+        nodes.check_environments(arguments[0])
+        assert nodes.check_nodes(*arguments) == ", shared by 1 node"
     finally:
         aside.rename(old)
 
@@ -76,14 +76,14 @@ def test_helpers_that_are_not_there_and_are_brought(connected: Callable[..., tup
 def test_a_node_that_installs_packages_gets_more_time(
     connected: Callable[..., tuple[Config, Path]], old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "ANSWER_SECONDS", 0)
+    monkeypatch.setattr(nodes, "ANSWER_SECONDS", 0)
     arguments = connected(pip=[str(tmp_path / "nothing")])
     with pytest.raises(ConfigError, match=r"^node [\d.]+: can't make ray\.init's runtime_env \(.*\); see runtime"):
-        ray_cluster.check_nodes(*arguments)
+        nodes.check_environments(arguments[0])
     ray.shutdown()
     arguments = connected()
     with pytest.raises(ConfigError, match=r"node [\d.]+ has not said within 0 s what it sees there; take a folder"):
-        ray_cluster.check_nodes(*arguments)
+        nodes.check_nodes(*arguments)
 
 
 @pytest.mark.parametrize(

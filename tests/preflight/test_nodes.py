@@ -7,7 +7,6 @@ helpers can't be imported.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import json
 import os
@@ -17,8 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +24,7 @@ import psutil
 import pytest
 import ray
 from grid import ROOT, run_grid
+from two_nodes import NODES, start_two, stop
 
 from tp2d_helpers.config import Config, make_config
 from tp2d_helpers.demo import demo_model
@@ -34,7 +33,6 @@ from tp2d_helpers.preflight import cluster as ray_cluster
 from tp2d_helpers.preflight.plan import preflight
 from tp2d_helpers.training.metrics import read_metrics
 
-NODES = ("127.0.0.2", "127.0.0.3")  # the driver runs on the first
 SETTINGS = dict(model_name="demo", dataset_name="demo", use_gpu=False, tp_size=2, dp_size=2, seq_length=64,
                 batch_size_per_gpu=2, learning_rate=1e-3, debug_steps=4, log_interval=1,
                 max_failures=0)  # fmt: skip
@@ -81,44 +79,13 @@ print(json.dumps(found))
 """
 
 
-def start_node(*arguments: str, environment: dict[str, str], hidden: list[Path]) -> subprocess.Popen:
-    """`ray start`, in a mount namespace of its own in which the `hidden` folders are empty."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2", "--num-gpus=0",
-               "--object-store-memory=100000000", "--disable-usage-stats", *arguments]  # fmt: skip
-    if hidden:
-        mounts = "".join(f"mount -t tmpfs none {folder} && " for folder in hidden)
-        command = ["unshare", "-m", "sh", "-c", mounts + 'exec "$@"', "sh", *command]
-    with open(environment["TP2D_LOG"], "a") as log:
-        return subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, start_new_session=True)
-
-
-def stop(node: subprocess.Popen) -> None:
-    """Kill a node and all of its processes, those that Ray puts into sessions of their own included."""
-    processes = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
-    for process in [node, *processes]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    node.wait(20)
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    assert not alive
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((NODES[0], 0))
-        return probe.getsockname()[1]
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((NODES[0], port)) == 0
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, node: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert node.poll() is None and time.monotonic() < end, f"no node within {seconds} s:\n{log.read_text()}"
-        time.sleep(0.1)
+CONNECT = """
+from tp2d_helpers.preflight import connection
+try:
+    connection.connect()
+except ValueError as error:
+    print(error)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -147,26 +114,24 @@ def run(folder: Path, can_hide: bool) -> Iterator[SimpleNamespace]:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     # With its own token, whatever Ray an earlier test started, and whatever token the user has.
     kept |= SECRETS | {"RAY_AUTH_MODE": "token", "TP2D_CACHE": str(cache), "TP2D_LOG": str(folder / "log")}
-    log, nodes = folder / "log", []
+    nodes = []
     try:
-        port = free_port()
-        head = ["--head", f"--port={port}", f"--temp-dir={folder}/ray", "--include-dashboard=false"]
-        nodes.append(start_node(*head, f"--node-ip-address={NODES[0]}", environment=kept, hidden=[]))
-        wait_for(lambda: answers(port), 60, nodes[0], log)
-        join = [f"--address={NODES[0]}:{port}", f"--node-ip-address={NODES[1]}"]
-        nodes.append(start_node(*join, environment=kept, hidden=[cache, own] if can_hide else []))
-        wait_for(lambda: log.read_text().count("Ray runtime started") == 2, 60, nodes[1], log)
+        address = start_two(folder, kept, [cache, own] if can_hide else [], nodes)
+        without = {name: value for name, value in kept.items() if "RAY_AUTH" not in name}
+        without |= {"RAY_ADDRESS": address, "HOME": str(folder / "elsewhere"), "PYTHONPATH": str(ROOT)}
+        stranger = subprocess.run([sys.executable, "-c", CONNECT], env=without, capture_output=True, text=True)
         (folder / "elsewhere" / "driver.py").write_text(DRIVER)
         settings = SETTINGS | {"storage_path": str(folder / "runs"), "own": str(own)}
         command = [sys.executable, "driver.py", str(ROOT), str(ROOT / "tests"), json.dumps(settings)]
-        environment = kept | {"RAY_ADDRESS": f"{NODES[0]}:{port}"}
+        environment = kept | {"RAY_ADDRESS": address}
         driver = subprocess.run(command, cwd=folder / "elsewhere", env=environment, capture_output=True, text=True,
                                 timeout=SECONDS)  # fmt: skip
         assert driver.returncode == 0, driver.stdout + driver.stderr
         run_dir = folder / "runs" / "two_nodes"
         places = [json.loads((run_dir / f"place_{rank}.json").read_text()) for rank in range(4)]
         found = json.loads(driver.stdout.splitlines()[-1])
-        yield SimpleNamespace(dir=run_dir, places=places, found=found, output=driver.stdout + driver.stderr)
+        yield SimpleNamespace(dir=run_dir, places=places, found=found, output=driver.stdout + driver.stderr,
+                              stranger=stranger)  # fmt: skip
     finally:
         for node in reversed(nodes):
             stop(node)
@@ -184,6 +149,12 @@ def test_two_nodes_train_as_one_machine(run: SimpleNamespace) -> None:
     assert list(run.dir.glob("checkpoint_00000004/**/*.pt"))
     for name in ("step", "loss", "grad_norm", "learning_rate", "tokens"):
         assert [record[name] for record in now] == pytest.approx([record[name] for record in then], rel=1e-6), name
+
+
+@pytest.mark.slow
+def test_without_the_token_it_is_told(run: SimpleNamespace) -> None:
+    """With it, as the message says, the run above was made."""
+    assert run.stranger.stdout.strip().endswith("needs RAY_AUTH_MODE=token and the token here, too."), run.stranger
 
 
 @pytest.mark.slow
@@ -210,7 +181,7 @@ def test_a_tp_group_that_spans_nodes_is_told(run: SimpleNamespace) -> None:
     ([4], None),
 ])  # fmt: skip
 def test_tp_groups_that_span_nodes(monkeypatch: pytest.MonkeyPatch, counts: list[int], spanning: str | None) -> None:
-    monkeypatch.setattr(ray_cluster, "_alive", lambda: [{}, {}])
+    monkeypatch.setattr(ray_cluster, "alive", lambda: [{}, {}])
     config = make_config(**SETTINGS).change(model_name=str(demo_model()), gradient_accumulation_steps=2)
     [(_, found, chosen)] = ray_cluster.describe_placement(config, ModelFacts.read(config.model_name), counts)
     assert found.endswith(f": {' + '.join(map(str, counts))} workers")

@@ -25,6 +25,7 @@ from deepspeed.checkpoint import constants, ds_to_universal
 from torch.utils.serialization import config as serialization
 
 from tp2d_helpers import heartbeat
+from tp2d_helpers.cgroups import cores
 from tp2d_helpers.checkpoint.disk import check_space
 from tp2d_helpers.checkpoint.files import flush_folder, plain_path, read_json, write_json
 from tp2d_helpers.checkpoint.run_folder import checkpoint_tag
@@ -220,7 +221,7 @@ def end_with_parent() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Convert a checkpoint so that it loads on any grid.")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=min(8, cores()))
     parser.add_argument("--with-parent", action="store_true", help="end as soon as standard input does")
     options = parser.parse_args()
     if options.with_parent:

@@ -84,11 +84,6 @@ class Job:
         return True
 
 
-def cores() -> int:
-    """Those that this process may use, and at most `MOST`."""
-    return min(MOST, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def run(job: Job, tick: Callable[[int], None]) -> Iterator[tuple[Part, bool]]:
     """(a part, whether it was made now) for all parts, in order.
 

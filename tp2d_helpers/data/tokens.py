@@ -18,12 +18,13 @@ from tqdm import tqdm
 from tp2d_helpers import heartbeat
 from tp2d_helpers.cache import build_once, cache_dir, check_space, clear_cache, parts_of
 from tp2d_helpers.cache.space import size_of
+from tp2d_helpers.cgroups import cores
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.data.bad_rows import Remarks
 from tp2d_helpers.data.chat.template import settled_date
 from tp2d_helpers.data.chat_tokens import ChatEncoder, read_segments
 from tp2d_helpers.data.folder import Part, TokenWriter
-from tp2d_helpers.data.pool import Job, cores, run
+from tp2d_helpers.data.pool import MOST, Job, run
 from tp2d_helpers.data.rows import lengths
 from tp2d_helpers.data.text import is_chats, load_text, source_stamp
 from tp2d_helpers.data.text_tokens import TextEncoder
@@ -122,7 +123,7 @@ def tokenize(
             heartbeat.pulse()  # the watchdog of a worker sees what this process does, and not its children
             bar.update(size)
 
-        job = Job(encoder, text, parts or folder, cores())
+        job = Job(encoder, text, parts or folder, min(MOST, cores()))
         found = [0, 0]  # parts that were there, parts that are made
         by_parts = bool(parts) and size > SMALL
         # A token is four bytes, of text and in the file; with its parts, there are two of them for a while.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import statistics
 import sys
@@ -28,6 +27,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from tp2d_helpers.config import ConfigError
+from tp2d_helpers.launchers import be_rank
 from tp2d_helpers.planning.constants import HOST_LAYER, HOST_STEP, Constants, store
 from tp2d_helpers.speed.devices import Device, device_named
 
@@ -163,7 +163,7 @@ def in_processes(function: Callable[[int], Any], count: int) -> Any:
 
 
 def _one_process(rank: int, function: Callable[[int], Any], count: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))  # DeepSpeed asks for them
+    be_rank(rank, count)
     kind = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)

@@ -3,75 +3,71 @@
 from __future__ import annotations
 
 import collections
-import importlib
-import importlib.metadata
 import itertools
 import os
 import platform
 import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import ray
+from ray._private import state
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tp2d_helpers.cache import cache_dir
-from tp2d_helpers.config import Config, ConfigError, reason
-from tp2d_helpers.data.files import paths_of
+from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.planning.memory import Setting
 from tp2d_helpers.planning.traffic import tp_bytes
-from tp2d_helpers.preflight.checks import OLDEST
-from tp2d_helpers.preflight.connection import patience
-from tp2d_helpers.preflight.gpus import trial
+from tp2d_helpers.preflight.connection import JOB
 from tp2d_helpers.speed.devices import devices_in
 from tp2d_helpers.training.elastic import groups_within, possible_dp_sizes
 
 WORKERS_PER_CORE = 4  # on CPU: more of them would spend their time waiting for each other
+RETURN_SECONDS = 1  # for cores that a run has just held, where there are enough without
 PLACEMENT_SECONDS = 10  # for resources that are there; a run that has just ended gives its own back in less
-ANSWER_SECONDS = 30  # for a node to start a process and look at the storage
-SIGHT_SECONDS = 3  # for a file to appear on another node of a network storage
+
+
+def on_loopback() -> bool:
+    """Whether no node is outside this machine, as of the Ray that `connect` starts."""
+    return {node["NodeManagerAddress"] for node in alive()} == {"127.0.0.1"}
 
 
 def loopback_variables() -> dict[str, str]:
     """What makes gloo and NCCL listen on the loopback interface: the workers' environment, if no node is outside it."""
-    if {node["NodeManagerAddress"] for node in _alive()} != {"127.0.0.1"}:
+    if not on_loopback():
         return {}
     interface = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {name: os.environ.get(name, interface) for name in names}
 
 
-def _alive() -> list[dict]:
+def alive() -> list[dict]:
+    """The nodes that Ray has, as it describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def describe_cluster(resources: dict[str, float]) -> str:
     """The cluster's nodes, cores and GPUs, with their type where Ray knows it."""
     types = devices_in(resources)
-    nodes = len(_alive())
+    nodes = len(alive())
     number = int(resources.get("GPU", 0))
     gpus = f"{number} GPU{'s' * (number != 1)}" + (f" ({', '.join(types)})" if types else "")
     return f"{nodes} node{'s' * (nodes > 1)}, {resources.get('CPU', 0):g} CPU cores, {gpus}; {platform.machine()}"
 
 
-def check_resources(config: Config, resources: dict[str, float]) -> dict[str, float]:
+def check_resources(config: Config, resources: dict[str, float], free: list[float] | None = None) -> dict[str, float]:
     """Resources of one worker: a GPU, or a core, or a share of one where there are fewer cores than workers.
+
+    Args:
+        resources: what the cluster has, held by others or not.
+        free: cores of each node that nobody holds (`free_cores`); all, on one node, if it isn't given.
 
     Raises:
         ConfigError: if the cluster is too small. With `cluster_wait_seconds`, an autoscaling cluster gets that long
             to grow first.
     """
-    need, gpus, cpus = config.num_workers, int(resources.get("GPU", 0)), resources.get("CPU", 0)
+    need, gpus = config.num_workers, int(resources.get("GPU", 0))
     if not config.use_gpu:
-        if need > WORKERS_PER_CORE * cpus:
-            raise ConfigError(
-                f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {need} workers on {cpus:g} CPU cores: "
-                f"at most {int(WORKERS_PER_CORE * cpus)} ({WORKERS_PER_CORE} per core) make sense"
-            )
-        return {"CPU": min(1.0, int(cpus / need * 10_000) / 10_000)}  # Ray counts in units of 1/10000
+        return {"CPU": _share_of_a_core(config, resources.get("CPU", 0.0), free)}
     worker = {"GPU": 1.0}  # and no core: nodes with few cores per GPU can be had
     if gpus < need and not _grows_to([worker] * need, config.cluster_wait_seconds):
         pairs = ", ".join(f"{tp} × {gpus // tp}" for tp in range(1, gpus + 1) if gpus % tp == 0)
@@ -81,6 +77,47 @@ def check_resources(config: Config, resources: dict[str, float]) -> dict[str, fl
             + f". (Waited {config.cluster_wait_seconds} s for more: cluster_wait_seconds.)"
         )
     return worker
+
+
+def _share_of_a_core(config: Config, cores: float, free: list[float] | None) -> float:
+    """The largest share, up to a whole core, of which the nodes have room for all workers."""
+    need, free = config.num_workers, [cores] if free is None else free
+    # Ray counts in units of 1/10000.
+    shares = {min(1.0, int(there / count * 10_000) / 10_000) for there in free for count in range(1, need + 1)}
+    fitting = [share for share in shares if share and sum(int(there / share + 1e-6) for there in free) >= need]
+    if not fitting or max(fitting) < 1 / WORKERS_PER_CORE:
+        held = f" that are free of {cores:g}" if sum(free) < cores - 1e-6 else ""
+        raise ConfigError(
+            f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {need} workers on {sum(free):g} CPU cores"
+            f"{held}: at most {int(WORKERS_PER_CORE * sum(free))} ({WORKERS_PER_CORE} per core) make sense"
+            + (f". {who_holds()}" if held else "")
+        )
+    return max(fitting)
+
+
+def free_cores(workers: int) -> list[float]:
+    """Cores of each node that nobody holds. Those of a run that has just ended are waited for, if it needs them."""
+    began = time.monotonic()
+    while True:
+        free = [node.get("CPU", 0.0) for node in state.available_resources_per_node().values()]
+        enough = workers <= WORKERS_PER_CORE * sum(free)
+        if sum(free) >= ray.cluster_resources().get("CPU", 0.0) - 1e-6:
+            return free
+        if time.monotonic() - began > (RETURN_SECONDS if enough else PLACEMENT_SECONDS):
+            return free
+        time.sleep(0.1)
+
+
+def who_holds() -> str:
+    """A sentence about who holds what isn't free: this job's own entrypoint, and what else runs on the cluster."""
+    own = ray.get_runtime_context().get_job_id()
+    running = [
+        f"{job['Entrypoint']!r} (pid {job['DriverPid']} on {job['DriverIPAddress']})" for job in state.jobs()
+        if not job["IsDead"] and job["JobID"] != own and "/ray/dashboard/" not in job["Entrypoint"]
+    ]  # fmt: skip
+    others = f"Other jobs on this cluster: {', '.join(running) or 'none'}. End them, or take fewer workers"
+    mine = "This job's own entrypoint holds what it was submitted with (--entrypoint-num-cpus, -gpus, -resources). "
+    return (mine if JOB in os.environ else "") + others
 
 
 def check_placement(config: Config, worker: dict[str, float]) -> list[int]:
@@ -98,7 +135,7 @@ def check_placement(config: Config, worker: dict[str, float]) -> list[int]:
         raise ConfigError(
             f"tp_size × dp_size = {config.tp_size} × {config.dp_size} = {config.num_workers} workers of {worker}: "
             f"Ray has no place for them; free are {free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPU cores. "
-            "End other jobs on this cluster, or take fewer workers."
+            f"{who_holds()}"
         )
     return counts
 
@@ -109,7 +146,7 @@ def check_replicas(config: Config, worker: dict[str, float]) -> None:
     Raises:
         ConfigError: if the nodes can't have that many, even with no other job on them.
     """
-    nodes = [node["Resources"] for node in _alive()]
+    nodes = [node["Resources"] for node in alive()]
     fewest, groups = possible_dp_sizes(config)[0], sum(groups_within(node, worker, config.tp_size) for node in nodes)
     if config.min_dp_size and groups < fewest:
         most = max(groups_within(node, worker, 1) for node in nodes)
@@ -142,7 +179,7 @@ def describe_placement(config: Config, model: ModelFacts, counts: list[int]) -> 
     Args:
         counts: what `check_placement` returned.
     """
-    if len(_alive()) == 1:
+    if len(alive()) == 1:
         return []
     found = f"{len(counts)} node{'s' * (len(counts) > 1)}: {' + '.join(map(str, counts))} workers"
     spanning = {end // config.tp_size for end in itertools.accumulate(counts) if end % config.tp_size}
@@ -154,104 +191,3 @@ def describe_placement(config: Config, model: ModelFacts, counts: list[int]) -> 
     groups = f"{len(spanning)} TP groups span" if len(spanning) > 1 else "1 TP group spans"
     cost = f"{groups} nodes: {sent / 1e6:,.1f} MB per step and worker travel between them"
     return [("nodes", found, f"{cost}; take a tp_size that divides the workers of a node")]
-
-
-def check_nodes(config: Config, probe: Path) -> str:
-    """Let each node that may get workers look for the driver's file `probe`, and for local models and data.
-
-    Each compares its libraries with the driver's, looks at its environment and writes a file beside the probe, too,
-    and builds the demo's model if it hasn't yet. Meanwhile those with GPUs try one (`trial`), also a cluster's only
-    node.
-
-    Returns:
-        What was found, in words; nothing for a cluster of one node.
-
-    Raises:
-        ConfigError: with the first node that lacks something, or says nothing for `ANSWER_SECONDS` (more, if it
-            installs packages first).
-    """
-    nodes = _alive()
-    with trial(nodes if config.use_gpu else []) as refuse:
-        found = _check_shared(config, probe) if len(nodes) > 1 else ""
-        refuse()
-    return found
-
-
-def _check_shared(config: Config, probe: Path) -> str:
-    paths = {"storage_path": [str(probe)], "model_name": [config.model_name] * Path(config.model_name).is_absolute()}
-    for name in ("dataset_name", "eval_dataset_name"):
-        paths[name] = [str(path) for path in paths_of(getattr(config, name))]
-    look, demo, tasks = _look(), Path(config.model_name).parent == cache_dir(), {}
-    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in OLDEST}  # the build may differ
-    for node in _alive():
-        if node["Resources"].get("GPU" if config.use_gpu else "CPU"):
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task, own = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(look), f"{probe}-{len(tasks)}"
-            tasks[task.remote(paths, SIGHT_SECONDS, own, demo, versions)] = (node["NodeManagerAddress"], own)
-    seconds = patience(ANSWER_SECONDS)
-    answered, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
-    silent = ("storage_path", f"has not said within {seconds} s what it sees there")
-    for task, (address, own) in tasks.items():
-        name, trouble = _answer(task) if task in answered else silent
-        if not name:
-            raise ConfigError(f"node {address}: {trouble}")
-        if not trouble and look({name: [own]}, SIGHT_SECONDS)[1]:
-            trouble = "wrote a file there that the driver does not see"
-        if trouble:
-            found = f"{name} = {getattr(config, name)!r}: not shared: node {address} {trouble}"
-            raise ConfigError(f"{found}; take a folder that all nodes mount")
-    return f", shared by {len(tasks)} node{'s' * (len(tasks) > 1)}"
-
-
-def _answer(task: ray.ObjectRef) -> tuple[str, str]:
-    """What a node's `look` returned, or what became of it."""
-    try:
-        return ray.get(task)
-    except ray.exceptions.RuntimeEnvSetupError as error:
-        last = str(error).strip().splitlines()[-1]
-        return "", f"can't make ray.init's runtime_env ({last}); see runtime_env_agent.log in Ray's logs there"
-    except ray.exceptions.RayError as error:
-        return "storage_path", f"can't look there ({reason(error)})"
-
-
-def _look() -> Callable[..., tuple[str, str]]:
-    """The task of `check_nodes`, a local function: it travels whole, and no node imports PyTorch to find a file."""
-    cure = (
-        "install requirements.txt there, or let Ray bring what is missing, before preflight: "
-        'ray.init(runtime_env={"pip": "requirements.txt", "py_modules": ["tp2d_helpers"]})'
-    )
-
-    def look(
-        paths: dict[str, list[str]], seconds: float, own: str = "", demo: bool = False, versions: dict | None = None
-    ) -> tuple[str, str]:
-        """(parameter at fault, why): what this node doesn't see of `paths` within `seconds`; "" if all is well.
-
-        No parameter, if it is the node's environment.
-        """
-        try:
-            for name, wanted in (versions or {}).items():
-                if (found := importlib.metadata.version(name)).partition("+")[0] != wanted:
-                    return "", f"has {name} {found}, and the driver {wanted}; {cure}"
-            if own:
-                importlib.import_module("tp2d_helpers.preflight.environment").check_environment()
-        except ModuleNotFoundError as error:  # also of `version`
-            return "", f"lacks {error.name}; {cure}"
-        except ValueError as error:
-            return "", str(error)
-        if demo and not Path(*paths["model_name"]).exists():
-            importlib.import_module("tp2d_helpers.demo").demo_model()
-        end = time.monotonic() + seconds
-        for name, path in [(name, path) for name, several in paths.items() for path in several]:
-            while not Path(path).exists():
-                if time.monotonic() > end:
-                    what = "the file that the driver wrote there" if name == "storage_path" else "it"
-                    return name, f"does not see {what}"
-                time.sleep(0.1)
-        try:
-            if own:
-                Path(own).touch()
-        except OSError as error:
-            return "storage_path", f"can't write there ({error.strerror})"
-        return "storage_path", ""
-
-    return look

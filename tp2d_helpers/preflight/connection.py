@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import platform
+import secrets
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.runtime_env.uv_runtime_env_hook import _get_uv_run_cmdline
 from ray.util.client import ray as client
 
 import tp2d_helpers
 from tp2d_helpers.config import ConfigError, reason
-from tp2d_helpers.preflight.environment import check_environment
+from tp2d_helpers.preflight.address import check_form, find_cluster
+from tp2d_helpers.preflight.environment import cannot_write, check_environment, check_hook, token_file
 
-HEALTH_SECONDS = 45  # for a cluster to answer; a command of Ray's asks, which takes some seconds to start
 WORKER_SECONDS = 120  # for a first worker process
 BUILD_SECONDS = 900  # for one whose node installs packages first: Ray itself gives up after 600
+PYTHON_SECONDS = 12  # for an interpreter to import Ray
+UV, JOB = "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the second is what a submitted job brings
 
 
 def connect() -> dict[str, float]:
@@ -33,8 +39,9 @@ def connect() -> dict[str, float]:
     A Ray that is connected already stays as it is, with the `runtime_env` that was given to `ray.init`.
 
     Raises:
-        ConfigError: if something in the environment stands in the way, nothing answers at `RAY_ADDRESS`, or no worker
-            starts. Ray itself would go on asking, or waiting, for minutes or for ever, without a word.
+        ConfigError: if something in the environment stands in the way, no cluster of these versions answers at
+            `RAY_ADDRESS`, or no worker starts. Ray itself would go on asking, or waiting, for minutes or for ever,
+            without a word.
     """
     started = ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -44,10 +51,14 @@ def connect() -> dict[str, float]:
             "write, and so must be on a node of the cluster; submit it from here as a job (ray job submit), or start "
             "it there with RAY_ADDRESS=auto"
         )
+    if not started:
+        check_form(address)
+        check_hook()
     check_environment(starts_ray=not started and address == "local")
     if not started:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         _start_here() if address == "local" else _join(address)
+        _check_python()
         _see_a_worker()
     return ray.cluster_resources()
 
@@ -62,54 +73,94 @@ def _start_here() -> None:
     # Ray puts the interpreter's path into a line of shell as it is, and waits for ever for what a space makes of it.
     quoted = shlex.quote(sys.executable)
     env = {"py_executable": quoted} if quoted != sys.executable else {}
+    _bring_token()
+    # Under `uv run`, workers are started by this interpreter, too, and not by uv once more.
+    uv = {} if UV in os.environ else {UV: False}
     try:
-        with _on_loopback():
+        # What starts within takes 127.0.0.1 for its node's address, and binds to nothing else. `_node_ip_address` does
+        # not bring that about: Ray replaces a loopback address by the outside one, and then binds to all. Only where it
+        # takes clusters for impossible (its default on macOS and Windows) it stays inside.
+        with _constants(ENABLE_RAY_CLUSTER=False, **uv):
             ray.init("local", log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         cure = "Its files go to RAY_TMPDIR: set it to a short path that can be written, if that is the trouble"
         raise ConfigError(f"Ray can't start on this machine: {reason(error)}. {cure}") from error
 
 
+def _bring_token() -> None:
+    """Where Ray has no token, and can't write one into the home folder, it gets one for this process's own Ray."""
+    wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
+    if wanted and not token_file().exists() and cannot_write(token_file().parent):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
+
+
 def _join(address: str) -> None:
-    # py_modules brings the package to the other nodes. In a submitted job, Ray may have brought it here and will there.
-    package = Path(tp2d_helpers.__file__).parent
-    env = {} if "runtime_resources" in package.parts else {"py_modules": [str(package)]}
-    try:
-        _knock(address)
-        ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    command = _get_uv_run_cmdline()
+    if command and UV not in os.environ:
         raise ConfigError(
-            f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({str(error).splitlines()[0]}); "
-            "start one, or unset RAY_ADDRESS to use this machine alone. "
-            "One that asks for a token needs RAY_AUTH_MODE=token and the token here, too."
+            f"{shlex.join(command)!r}: Ray would start workers by uv, too, in an environment that each node makes for "
+            f"itself; set {UV}=0 and start Python again: workers then have the Python that Ray was started with there"
+        )
+    found = find_cluster(address)
+    try:
+        env = _helpers()
+        ray.init(found, log_to_driver=False, logging_level="ERROR", runtime_env=env, include_dashboard=False)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS = {address!r}: a cluster answers, and can't be joined: {reason(error)}"
         ) from error
 
 
-def _knock(address: str) -> None:
-    """See that a cluster answers at host:port. Raises `OSError` if there is none, or something else."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():  # "auto"
-        return
-    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=HEALTH_SECONDS)
-    if asked.returncode:
-        raise OSError((asked.stderr.strip().splitlines() or ["no answer to Ray's health check"])[-1])
+def _helpers() -> dict[str, list[str]]:
+    """The runtime_env that brings the helpers to the other nodes.
+
+    In a submitted job, Ray may have brought them here and will there. A job's `py_modules` can't be merged with others:
+    the helpers are added to those it brings.
+    """
+    package = Path(tp2d_helpers.__file__).parent
+    if "runtime_resources" in package.parts:
+        return {}
+    job = json.loads(os.environ.get(JOB, "{}"))
+    brought = (job.get("runtime_env") or {}).get("py_modules")
+    if not brought:
+        return {"py_modules": [str(package)]}
+    if str(package) not in brought:
+        brought.append(str(package))
+        os.environ[JOB] = json.dumps(job)
+    return {}
 
 
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray that starts within takes 127.0.0.1 for its node's address, and binds to nothing else.
-
-    `ray.init(_node_ip_address="127.0.0.1")` does not: Ray replaces a loopback address by the outside one, and then
-    binds to all. Only where it takes clusters for impossible (its default on macOS and Windows) it stays inside.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+def _constants(**values: Any) -> Iterator[None]:
+    """Within it, Ray's constants, which it has read from the environment as it was imported, have these values."""
+    before = {name: getattr(ray_constants, name) for name in values}
+    vars(ray_constants).update(values)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        vars(ray_constants).update(before)
+
+
+def _check_python() -> None:
+    """What a job's `runtime_env` or a hook has workers started by is a Python with the driver's Ray."""
+    command = ray.get_runtime_context().runtime_env.get("py_executable", "")
+    if shlex.split(command) in ([], [sys.executable]):
+        return
+    ask = "import platform, ray; print(ray.__version__, platform.python_version())"
+    wanted = f"{ray.__version__} {platform.python_version()}"
+    try:
+        ran = subprocess.run([*shlex.split(command), "-c", ask], capture_output=True, text=True, timeout=PYTHON_SECONDS)
+        found = ran.stdout.strip() or (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        found = reason(error)
+    if found != wanted:
+        ray.shutdown()
+        hook = os.environ.get("RAY_RUNTIME_ENV_HOOK")
+        who = f"RAY_RUNTIME_ENV_HOOK = {hook!r}" if hook else "the job's runtime_env"
+        raise ConfigError(
+            f"py_executable = {command!r} (by {who}): workers would be started by it, and asked for its Ray and Python "
+            f"it says {found!r}, where the driver has {wanted!r}; leave it out, or name a Python with the driver's"
+        )
 
 
 def _see_a_worker() -> None:

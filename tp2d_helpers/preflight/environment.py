@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import importlib
 import os
 import socket
 import sys
@@ -39,6 +40,8 @@ def check_environment(starts_ray: bool = False) -> None:
     for name, (good, what) in SWITCHES.items():
         if (value := os.environ.get(name)) not in good and (value or "").lower() not in good:
             _refuse(name, what, "unset it, and start Python again")
+    if "error" in os.environ.get("PYTHONWARNINGS", ""):
+        _refuse("PYTHONWARNINGS", "makes errors of what libraries warn of", "unset it, and start Python again")
     try:
         getpass.getuser()  # which PyTorch's compiler asks for
     except (KeyError, OSError):
@@ -48,8 +51,9 @@ def check_environment(starts_ray: bool = False) -> None:
     except RuntimeError as error:  # of `Path.home`
         _refuse("HOME", f"and there is no home folder ({reason(error)})", "set HOME to a folder that can be written")
     _check_folders(folders)
+    _check_token()
     if starts_ray:
-        _check_interfaces()
+        check_interfaces()
 
 
 def _check_folders(folders: dict[str, Path]) -> None:
@@ -57,7 +61,7 @@ def _check_folders(folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         if not folder.is_absolute():
             _refuse(name, "no absolute path, and workers have another working folder", f"set it to {folder.absolute()}")
-        if (trouble := _cannot_write(folder)) and name in os.environ:
+        if (trouble := cannot_write(folder)) and name in os.environ:
             _refuse(name, f"{folder} can't be written ({trouble})", "set it to a folder that can")
         if trouble:
             lacking[name] = f"{folder} can't be written ({trouble})"
@@ -79,16 +83,29 @@ def _caches() -> dict[str, Path]:
 
 
 def _rays() -> dict[str, Path]:
-    """{variable: folder} of what Ray writes as it starts: its sockets and logs, and a token, unless there is one."""
-    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    folders = {"RAY_TMPDIR": Path(temporary)}
-    token, off = Path("~/.ray/auth_token").expanduser(), os.environ.get("RAY_AUTH_MODE", "token").lower() != "token"
-    if not (off or token.exists() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ)):
-        folders["RAY_AUTH_TOKEN_PATH"] = token.parent
-    return folders
+    """{variable: folder} of what Ray writes as it starts: its sockets and logs."""
+    return {"RAY_TMPDIR": Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")}
 
 
-def _cannot_write(folder: Path) -> str:
+def token_file() -> Path:
+    """From which Ray reads its token, unless it is in `RAY_AUTH_TOKEN`."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _check_token() -> None:
+    unused = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN")
+    if unused or not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        if not token_file().read_text().strip():
+            raise OSError(0, "the file is empty")
+    except (OSError, ValueError) as error:
+        what = f"Ray can't read a token there ({getattr(error, 'strerror', None) or reason(error)})"
+        cure = "write the cluster's token into it (for a Ray of this machine alone, any word), or unset it"
+        _refuse("RAY_AUTH_TOKEN_PATH", what, cure)
+
+
+def cannot_write(folder: Path) -> str:
     """Why not; "" if it can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,12 +116,34 @@ def _cannot_write(folder: Path) -> str:
     return ""
 
 
-def _check_interfaces() -> None:
-    """The network interfaces that gloo, by name, and NCCL, by the beginning of a name, are told to use are there."""
+def check_interfaces() -> None:
+    """The network interfaces that gloo, by name, and NCCL, by the beginning of a name, are told to use are there.
+
+    Raises:
+        ConfigError: as `check_environment` does.
+    """
     there = sorted(name for _, name in socket.if_nameindex())
-    for variable, matches in (("GLOO_SOCKET_IFNAME", str.__eq__), ("NCCL_SOCKET_IFNAME", str.startswith)):
-        wanted = os.environ.get(variable, "")
-        named = wanted.removeprefix("=").split(",")
-        found = any(matches(name, asked) for name in there for asked in named)
-        if wanted and not wanted.startswith("^") and not found:
-            _refuse(variable, f"there is no such interface, but {', '.join(there)}", "unset it")
+    gloo, nccl = (os.environ.get(f"{name}_SOCKET_IFNAME", "") for name in ("GLOO", "NCCL"))
+    exact, starts = nccl.startswith("="), [part.partition(":")[0] for part in nccl.lstrip("=").split(",")]
+    found = {
+        "GLOO_SOCKET_IFNAME": set(gloo.split(",")) <= {"", *there},  # it takes all that are listed,
+        "NCCL_SOCKET_IFNAME": nccl.startswith("^")  # and NCCL those that it finds
+        or any(name == start if exact else name.startswith(start) for name in there for start in starts),
+    }
+    for variable in [name for name, good in found.items() if not good]:
+        _refuse(variable, f"there is no such interface, but {', '.join(there)}", "unset it, or name one of these")
+
+
+def check_hook() -> None:
+    """The function that a place lets Ray ask for the environment of workers is there.
+
+    Raises:
+        ConfigError: as `check_environment` does.
+    """
+    module, _, name = os.environ.get("RAY_RUNTIME_ENV_HOOK", "").rpartition(".")
+    try:
+        if "RAY_RUNTIME_ENV_HOOK" in os.environ:
+            getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module runs as it is imported
+        what = f"Ray asks this function for the environment of workers, and it can't be imported ({reason(error)})"
+        _refuse("RAY_RUNTIME_ENV_HOOK", what, "unset it, or add its module's folder to PYTHONPATH")

@@ -26,7 +26,7 @@ from tp2d_helpers.checkpoint.settings import CONTENTS, GRID, changes, check_same
 from tp2d_helpers.config import Config, ConfigError
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import adapter_parameters
-from tp2d_helpers.preflight.cluster import check_nodes
+from tp2d_helpers.preflight.nodes import check_nodes
 from tp2d_helpers.training.metrics import read_metrics
 from tp2d_helpers.training.schedule import learning_rate_at
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tp2d_helpers import launchers
 from tp2d_helpers.checkpoint.run_folder import last_step
 from tp2d_helpers.checkpoint.settings import continue_run, record_run, same_model
 from tp2d_helpers.config import OPTIMIZATIONS, Config, ConfigError
@@ -35,11 +36,13 @@ from tp2d_helpers.preflight.cluster import (
     check_resources,
     describe_cluster,
     describe_placement,
+    free_cores,
     loopback_variables,
 )
 from tp2d_helpers.preflight.connection import connect
 from tp2d_helpers.preflight.data import check_data, describe_left_out
 from tp2d_helpers.preflight.folder import check_checkpoints, check_room, check_storage
+from tp2d_helpers.preflight.nodes import check_environments
 from tp2d_helpers.speed.optimizations import chosen_optimizations
 from tp2d_helpers.training.elastic import first_size, possible_dp_sizes
 from tp2d_helpers.training.schedule import check_schedule
@@ -78,7 +81,7 @@ class Plan:
         device = {"DS_ACCELERATOR": "cuda"}
         if not self.config.use_gpu:
             device = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        return {"env_vars": device | loopback_variables()}
+        return {"env_vars": device | launchers.UNSET | loopback_variables()}
 
 
 def preflight(config: Config) -> Plan:
@@ -96,9 +99,10 @@ def preflight(config: Config) -> Plan:
     workers = f"{config.num_workers} worker{'s' * (config.num_workers > 1)}"
     rows.append(("cluster", describe_cluster(resources), f"{workers} on {why}"))
     first = first_size(config, resources)
-    resources_per_worker = check_resources(first, resources)
+    resources_per_worker = check_resources(first, resources, free_cores(first.num_workers))
     counts = check_placement(first, resources_per_worker)
     check_replicas(config, resources_per_worker)
+    check_environments(config)
     rows.append(("precision", *check_precision(then, resources)))
     model = ModelFacts.read(config.model_name, config.trust_remote_code)
     lora = check_lora(config, model)  # what can't have an adapter is refused before the model is tried with them

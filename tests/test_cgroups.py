@@ -1,0 +1,30 @@
+"""Cores of a container on a large machine; what the kernel has killed in it: `training/test_deaths.py`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tp2d_helpers import cgroups
+
+
+@pytest.mark.parametrize("groups, files, count", [
+    ("0::/\n", {"cpu.max": "200000 100000\n"}, 2),
+    ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
+    ("0::/job/step\n", {"job/cpu.max": "350000 100000\n", "job/step/cpu.max": "max 100000\n"}, 4),
+    ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
+    ("2:cpuacct,cpu:/\n", {"cpuacct,cpu/cpu.cfs_quota_us": "800000\n", "cpuacct,cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+    ("", {}, 64),
+])  # fmt: skip
+def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], count: int) -> None:
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text)
+    (tmp_path / "self").write_text(groups)
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "self")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    assert cgroups.cores() == count
