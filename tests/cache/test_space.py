@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tp2d_helpers.cache import build_once, check_space, clear_cache, is_full, parts_of
 from tp2d_helpers.config import ConfigError
-from tp2d_helpers.preflight.environment import _cannot_write
+from tp2d_helpers.preflight.environment import cannot_write
 
 MEGABYTE = 10**6
 
@@ -58,7 +58,7 @@ def test_a_full_disk(small_disk: Path, build) -> None:
         build_once(small_disk / "tokens-a", build)
     assert [path.name for path in small_disk.iterdir()] == ["tokens-a.lock"]
     (small_disk / "rest").write_bytes(bytes(shutil.disk_usage(small_disk).free))
-    assert _cannot_write(small_disk) == "No space left on device"
+    assert cannot_write(small_disk) == "No space left on device"
     clear_cache()
 
 
@@ -69,7 +69,7 @@ def test_a_quota(folder: Path, build) -> None:
         build_once(folder / "tokens-a", build)
     assert [path.name for path in folder.iterdir()] == ["tokens-a.lock"]
     with little_room(1):
-        assert _cannot_write(folder) == "File too large"
+        assert cannot_write(folder) == "File too large"
 
 
 def test_what_will_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

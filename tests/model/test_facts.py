@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from tp2d_helpers.config import ConfigError
 from tp2d_helpers.demo import SHAPES
 from tp2d_helpers.model.facts import ModelFacts
-from tp2d_helpers.model.heads import Heads, global_numbers
+from tp2d_helpers.model.heads import Heads, answering_for_all
 from tp2d_helpers.model.lora import targets
 from tp2d_helpers.model.plan import Plan
+from tp2d_helpers.model.rehearsal import rehearse
 from tp2d_helpers.model.shard import AllReduces
 from tp2d_helpers.model.styles import COLUMN, ROW
 from tp2d_helpers.speed.layers import decoder_layers
@@ -155,14 +156,14 @@ def test_all_reduces_of_two_layers(family: Callable[..., Path], kind: str, expec
 
 
 def test_heads_that_layers_have_in_other_numbers() -> None:
-    """Each layer's own count for ranks that divide them; DeepSpeed's reading of them leaves the config as it is."""
+    """Each layer's own count for ranks that divide them; DeepSpeed's reading of them leaves the facts' config alone."""
     facts = ModelFacts.of_shape(tiny_shape("gemma4_text", **TYPES["gemma4_text"]))
-    heads, before = Heads.of(facts.config), facts.config.to_dict()
+    heads = Heads.of(facts.config)
     assert heads.queries == (8,) and heads.key_values == (4, 2) and facts.key_value_heads == 3
     assert [heads.in_layer(layer) for layer in (0, 1)] == [(8, 4), (8, 2)]
-    with global_numbers(facts.config):
-        assert facts.config.num_key_value_heads == 4
-    assert facts.config.to_dict() == before
+    rehearse(facts.config, 2)
+    assert "allow_global_per_layer_attribute_access" not in facts.config.to_dict()
+    assert answering_for_all(facts.config).num_key_value_heads == 4
     with pytest.raises(
         ConfigError, match=r"divide the 8 and 12 attention heads, and divide the 2 and 4 .* possible are \[1, 2, 4\]$"
     ):

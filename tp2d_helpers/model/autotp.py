@@ -18,7 +18,6 @@ from deepspeed.sequence.cross_entropy import validate_vocab_parallel_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tp2d_helpers.model.divide import divide
-from tp2d_helpers.model.heads import global_numbers
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.speed.layers import block_input, column_layers
 
@@ -52,13 +51,12 @@ def replace_layers(
         head: whether the head is cut by vocabulary, too.
         summed: names of whole weights whose gradients are to be summed.
     """
-    with global_numbers(model.config):
-        autotp = AutoTP(
-            module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
-            linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), keep_module_on_host=group is not None,
-            partition_config=AutoTPConfig.from_dict(plan.partition_config(summed)),
-            vocab_parallel_lm_head=head, model_config=model.config, training_mode=True,
-        )  # fmt: skip
+    autotp = AutoTP(
+        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
+        linear_layer_setting=(torch.nn.Linear, torch.nn.Embedding), keep_module_on_host=group is not None,
+        partition_config=AutoTPConfig.from_dict(plan.partition_config(summed)),
+        vocab_parallel_lm_head=head, model_config=model.config, training_mode=True,
+    )  # fmt: skip
     autotp.mp_size, autotp.mp_group = plan.tp_size, group
     if head:
         autotp._resolve_vocab_parallel_lm_head()

@@ -24,6 +24,7 @@ from deepspeed.module_inject.layers import (
 )
 
 from tp2d_helpers.model.cuts import Cut
+from tp2d_helpers.model.heads import answering_for_all
 from tp2d_helpers.model.plan import Plan
 from tp2d_helpers.model.styles import COLUMN, EXPERTS, NORM
 from tp2d_helpers.speed import reductions
@@ -47,6 +48,7 @@ def divide(model: torch.nn.Module, plan: Plan, group: dist.ProcessGroup | None, 
     set_autotp_mode(training=True)  # as `deepspeed.initialize` does later: or its layers take no gradients
     if group is not None:
         reductions.register(group)
+    model.config = answering_for_all(model.config)
     wholes = {name: weight.shape for name, weight in model.named_parameters()}
     for module in model.modules():
         if not isinstance(getattr(module, "weight", None), torch.Tensor) or module.weight.ndim != 2:

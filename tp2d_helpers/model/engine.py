@@ -24,7 +24,6 @@ from tp2d_helpers.model.apart import keep_documents_apart
 from tp2d_helpers.model.decay import parameter_groups
 from tp2d_helpers.model.divide import divide
 from tp2d_helpers.model.facts import loading_arguments
-from tp2d_helpers.model.heads import global_numbers
 from tp2d_helpers.model.kept import restore, wide
 from tp2d_helpers.model.lora import add_adapters, convert_what_is_trained, join
 from tp2d_helpers.model.mpu import ModelParallelUnit
@@ -164,13 +163,12 @@ def setup_model_with_autotp(
         keep_documents_apart(model)
     divide(model, plan, mpu.tp_group, mpu.tp_rank)
     layers, kept = plan.partition_config(needs.summed), wide(model, dtype)
-    with global_numbers(model.config):
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=_optimizer(model, config, needs.undecayed),
-            config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, layers),
-            mpu=mpu,
-        )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(model, config, needs.undecayed),
+        config=deepspeed_config({**config, "tp_size": tp_size, "dp_size": dp_size}, dtype, layers),
+        mpu=mpu,
+    )
     check_shards(engine.module, planned)
     restore(engine.module, kept)
     if adapters:

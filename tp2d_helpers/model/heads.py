@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -20,21 +19,16 @@ def of_layers(text: PretrainedConfig, name: str) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-@contextlib.contextmanager
-def global_numbers(config: PretrainedConfig) -> Iterator[None]:
-    """For DeepSpeed, which asks a config for its key-value heads, and gets an error where its layers differ.
+def answering_for_all(config: PretrainedConfig) -> PretrainedConfig:
+    """A config that answers DeepSpeed, which asks for the key-value heads of all layers, also where these differ.
 
-    Meanwhile it gets the number that most layers have. It cuts the layers of which it is true, and the others whose
-    heads tp_size divides as well; the rest is divided here (`Plan.own`).
+    The number that it has for most layers will do: the others are divided here (`Plan.own`), or tp_size divides their
+    heads as well. It is a copy, since this would be saved with the config.
     """
-    asks = getattr(config, "is_heterogeneous", False) and not config.allow_global_per_layer_attribute_access
-    if asks:
+    if getattr(config, "is_heterogeneous", False):
+        config = copy.deepcopy(config)
         config.allow_global_per_layer_attribute_access = True
-    try:
-        yield
-    finally:
-        if asks:
-            del vars(config)["allow_global_per_layer_attribute_access"]  # even False would be in an exported config
+    return config
 
 
 def mean(values: list[int]) -> int:

@@ -12,8 +12,7 @@ from tp2d_helpers.config import ConfigError
 COLUMN, ROW, GATHERED, PARTS = "colwise", "rowwise", "colwise_gather_output", "colwise_parts"
 EXPERTS, NORM, HEADS = "experts", "norm_over_heads", "per_head"  # of modules that are no linear layers
 # Styles of Hugging Face's plans that are not followed: gradients, experts, sinks and vocabularies have their own rules.
-IGNORED = {"replicated_with_grad_allreduce", "embedding_rowwise", "packed_colwise", "packed_rowwise", "moe_tp_experts",
-           "local_params"}  # fmt: skip
+IGNORED = {"replicated_with_grad_allreduce", "embedding_rowwise", "packed_colwise", "moe_tp_experts", "local_params"}
 LLAMA = {
     **{f"layers.*.self_attn.{name}_proj": COLUMN for name in "qkv"},
     **{f"layers.*.mlp.{name}_proj": COLUMN for name in ("gate", "up")},
