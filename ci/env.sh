@@ -35,10 +35,15 @@ _make_venv() {
 # another character that a shell minds) .venv is a link to a place without.
 _make_place() {
     if [[ $ROOT =~ [^A-Za-z0-9_./@%+=:,-] && ! -L "$ROOT/.venv" ]]; then
+        if [[ -e "$ROOT/.venv" && ! -e "$ROOT/.venv/.ready" ]]; then
+            echo "error: $ROOT/.venv was made by something else, and can't be used from a path with such characters." \
+                "Move it away, or set PYTHON to an interpreter that has requirements.txt." >&2
+            return 1
+        fi
         rm -rf "$ROOT/.venv"
-        ln -s "$HOME/.cache/tp2d/venv-$(cksum <<<"$ROOT" | cut -d " " -f 1)" "$ROOT/.venv"
+        ln -s "$HOME/.cache/tp2d/environment-$(cksum <<<"$ROOT" | cut -d " " -f 1)" "$ROOT/.venv"
     fi
-    mkdir -p "$(readlink "$ROOT/.venv" || echo "$ROOT/.venv")"
+    [[ -d "$ROOT/.venv" ]] || (cd "$ROOT" && mkdir -p "$(readlink .venv || echo .venv)")
 }
 
 if [[ -z "${PYTHON:-}" ]]; then
@@ -47,6 +52,6 @@ if [[ -z "${PYTHON:-}" ]]; then
         python3 -c "import fcntl; fcntl.flock(9, fcntl.LOCK_EX)" 2>/dev/null || true
         _make_place
         _make_venv "$(cd "$ROOT/.venv" && pwd -P)"
-    ) 9<"$ROOT/requirements.txt"
+    ) 9>>"$ROOT/requirements.txt"  # nothing is written; on NFS only what is open for writing can be locked
     PYTHON="$(cd "$ROOT/.venv" && pwd -P)/bin/python"
 fi

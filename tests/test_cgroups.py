@@ -15,9 +15,9 @@ from tp2d_helpers import cgroups
     ("0::/\n", {"cpu.max": "max 100000\n"}, 64),
     ("0::/job/step\n", {"job/cpu.max": "350000 100000\n", "job/step/cpu.max": "max 100000\n"}, 4),
     ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
-    ("2:cpuacct,cpu:/\n", {"cpuacct,cpu/cpu.cfs_quota_us": "800000\n", "cpuacct,cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ("2:cpuacct,cpu:/\n", {"cpu/cpu.cfs_quota_us": "800000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
     ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
-    ("", {}, 64),
+    ("", {}, 64), ("0\n", {}, 64),
 ])  # fmt: skip
 def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], count: int) -> None:
     for name, text in files.items():

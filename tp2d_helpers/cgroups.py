@@ -14,11 +14,11 @@ ROOT, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 def _folders(controller: str) -> Iterator[Path]:
     """Of the groups that this process is in, one in another, as far as they can be seen: version 2's, or 1's own."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a line of another form
         for line in OWN.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers or controller in controllers.split(","):
-                root = ROOT / controllers
+                root = ROOT / controller if controllers else ROOT
                 below = root / path.lstrip("/")
                 yield from {root, below, *(parent for parent in below.parents if parent.is_relative_to(root))}
 

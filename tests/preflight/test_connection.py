@@ -42,6 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("DS_ACCELERATOR", "xpu", ["a device that this does not know"]),
     ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1", ["lets checkpoints execute code"]),
     ("PYTHONWARNINGS", "default,error::DeprecationWarning", ["makes errors of what libraries warn of", "unset it"]),
+    ("PYTHONWARNINGS", "err", ["makes errors of what libraries warn of", "unset it"]),
     ("TP2D_CACHE", "/proc/cache", ["/proc/cache can't be written", "set it to a folder that can"]),
     ("TP2D_CACHE", "cache", ["no absolute path", "set it to /"]),
     ("HF_HOME", "/proc/hf", ["/proc/hf/datasets can't be written", "set it to a folder that can"]),
@@ -66,7 +67,7 @@ def test_a_variable_that_stands_in_the_way(
 
 @pytest.mark.parametrize("name, value", [
     ("RAY_TRAIN_V2_ENABLED", "1"), ("RAY_TRAIN_V2_ENABLED", "True"), ("DS_ACCELERATOR", "cpu"),
-    ("PYTHONWARNINGS", "always"),
+    ("PYTHONWARNINGS", "always"), ("PYTHONWARNINGS", "ignore:an error:UserWarning:some.errors"),
     ("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_SOCKET_IFNAME", "^docker"), ("NCCL_SOCKET_IFNAME", "l"),
     ("NCCL_SOCKET_IFNAME", "=lo"), ("NCCL_SOCKET_IFNAME", "eth77,lo:6"),
 ])  # fmt: skip

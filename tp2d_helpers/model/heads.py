@@ -16,7 +16,8 @@ def of_layers(text: PretrainedConfig, name: str) -> list[int]:
         value = getattr(text, name, None)
     except RuntimeError:  # transformers' "may vary across layers"
         value = [getattr(layer, name) for layer in text.per_layer_config]
-    return value if isinstance(value, list) else [] if value is None else [value]
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [number or 0 for number in values]  # None: a layer without attention
 
 
 def answering_for_all(config: PretrainedConfig) -> PretrainedConfig:

@@ -90,7 +90,7 @@ def _start_here() -> None:
 def _bring_token() -> None:
     """Where Ray has no token, and can't write one into the home folder, it gets one for this process's own Ray."""
     wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
-    if wanted and not token_file().exists() and cannot_write(token_file().parent):
+    if wanted and not os.access(token_file(), os.R_OK) and cannot_write(token_file().parent):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
 
 
@@ -120,12 +120,15 @@ def _helpers() -> dict[str, list[str]]:
     package = Path(tp2d_helpers.__file__).parent
     if "runtime_resources" in package.parts:
         return {}
-    job = json.loads(os.environ.get(JOB, "{}"))
-    brought = (job.get("runtime_env") or {}).get("py_modules")
+    try:
+        job = json.loads(os.environ.get(JOB) or "{}")
+        brought = list((job.get("runtime_env") or {}).get("py_modules") or [])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{JOB}: Ray's own variable of a submitted job can't be read ({reason(error)})") from error
     if not brought:
         return {"py_modules": [str(package)]}
     if str(package) not in brought:
-        brought.append(str(package))
+        job["runtime_env"]["py_modules"] = [*brought, str(package)]
         os.environ[JOB] = json.dumps(job)
     return {}
 
@@ -144,14 +147,15 @@ def _constants(**values: Any) -> Iterator[None]:
 def _check_python() -> None:
     """What a job's `runtime_env` or a hook has workers started by is a Python with the driver's Ray."""
     command = ray.get_runtime_context().runtime_env.get("py_executable", "")
-    if shlex.split(command) in ([], [sys.executable]):
+    if command in ("", sys.executable, shlex.quote(sys.executable)):
         return
     ask = "import platform, ray; print(ray.__version__, platform.python_version())"
     wanted = f"{ray.__version__} {platform.python_version()}"
     try:
         ran = subprocess.run([*shlex.split(command), "-c", ask], capture_output=True, text=True, timeout=PYTHON_SECONDS)
-        found = ran.stdout.strip() or (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-    except (OSError, subprocess.TimeoutExpired) as error:
+        lines = ran.stdout.strip().splitlines() or ran.stderr.strip().splitlines()
+        found = (lines or [f"exit code {ran.returncode}"])[-1]
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         found = reason(error)
     if found != wanted:
         ray.shutdown()

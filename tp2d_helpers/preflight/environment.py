@@ -40,7 +40,8 @@ def check_environment(starts_ray: bool = False) -> None:
     for name, (good, what) in SWITCHES.items():
         if (value := os.environ.get(name)) not in good and (value or "").lower() not in good:
             _refuse(name, what, "unset it, and start Python again")
-    if "error" in os.environ.get("PYTHONWARNINGS", ""):
+    actions = [part.partition(":")[0].strip() for part in os.environ.get("PYTHONWARNINGS", "").split(",")]
+    if any(action and "error".startswith(action) for action in actions):  # Python takes beginnings, too
         _refuse("PYTHONWARNINGS", "makes errors of what libraries warn of", "unset it, and start Python again")
     try:
         getpass.getuser()  # which PyTorch's compiler asks for

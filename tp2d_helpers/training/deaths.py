@@ -51,8 +51,6 @@ def _death(cause: Exception, pid: str, log: Path, config: Config, kernel_killed:
         own = _find(rf"pid={pid}, actual memory used=([\d.]+ ?GB)", text)
         held = f" ({used} of {whole} used, {own or 'some'} by this worker)" if used and whole else ""
         return f"was killed by Ray, as its node's memory was full{held}; {less}"
-    if kernel_killed:
-        return f"was killed by the kernel, as the memory of this machine or container was full; {less}"
     with contextlib.suppress(OSError):
         if crash := _find(CRASH, log.read_bytes()[-LOG_END:].decode(errors="replace")):
             return f"crashed ({crash}); the end of its log says where"
@@ -60,6 +58,8 @@ def _death(cause: Exception, pid: str, log: Path, config: Config, kernel_killed:
         return f"was ended by SIGTERM, as a scheduler, a time limit or a person does it; {again}"
     if "its node" in text:
         return f"was lost with its node; {again}, on the nodes that are left"
+    if kernel_killed:
+        return f"was killed by the kernel, as the memory of this machine or container was full; {less}"
     if "End of file" in text:
         return f"was killed, perhaps as its node's memory was full; if so, {less}"
     return f"died: {' '.join(text.split())[:300].rstrip('.')}; {again}"

@@ -14,7 +14,6 @@ import shlex
 import threading
 import time
 from typing import Any
-from unittest import mock
 
 from tp2d_helpers.checkpoint.run_folder import recorded
 from tp2d_helpers.config import Config, ConfigError, reason
@@ -233,14 +232,18 @@ def _place_of_mlflow(config: Config) -> str:
 
     place = mlflow.get_tracking_uri()
     once = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    once = {name: value for name, value in once.items() if name not in os.environ}
+    os.environ.update(once)
     try:
-        with mock.patch.dict(os.environ, once):
-            mlflow.MlflowClient().get_experiment_by_name(_experiment())
+        mlflow.MlflowClient().get_experiment_by_name(_experiment())
     except Exception as error:
         raise ConfigError(
             f"trackers = {config.trackers!r}: MLflow can't keep curves at {place} ({reason(error)}); set "
             "MLFLOW_TRACKING_URI to a server that answers (http://host:port) or to a file (sqlite:////path/mlflow.db)"
         ) from error
+    finally:
+        for name in once:
+            os.environ.pop(name, None)
     return place
 
 
