@@ -263,3 +263,20 @@ def test_a_python_with_a_space_in_its_path(tmp_path: Path) -> None:
     assert refused.startswith("Ray answers, but starts no worker process within 5 s (GetTimeoutError")
     assert str(folder) in refused and python == str(folder / "bin" / "python")
     assert sys.executable != python
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"runtime_env": {"py_modules": 3}}', '{"runtime_env": "x"}'])
+def test_a_jobs_variable_in_another_form(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(connection.JOB, text)
+    with pytest.raises(ConfigError, match=f"^{connection.JOB}: .* can't be read"):
+        connection._helpers()
+    monkeypatch.setenv(connection.JOB, "")
+    assert "py_modules" in connection._helpers()
+
+
+def test_a_python_that_prints_as_it_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A site's: what it says is not taken for the cluster's answer."""
+    (tmp_path / "sitecustomize.py").write_text("print('Welcome to the cluster')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^RAY_ADDRESS = '127.0.0.1:9'.*: no Ray cluster answers there \(Connection"):
+        address.find_cluster("127.0.0.1:9")
