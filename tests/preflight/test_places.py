@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import ray
 from grid import ROOT
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from two_nodes import NODES, start_two, stop
 
 from tp2d_helpers.preflight.connection import JOB
@@ -166,7 +168,6 @@ time.sleep(99)
 def test_a_cluster_of_another_ray(drive: Callable, by: str) -> None:
     """It says so, for a moment."""
     from ray._common.usage.usage_lib import get_cluster_metadata
-    from ray._raylet import GcsClient
 
     client = GcsClient(address=drive.address)
     true = get_cluster_metadata(client)
@@ -189,7 +190,10 @@ def test_a_cluster_of_another_ray(drive: Callable, by: str) -> None:
 def test_a_node_alone_and_a_head_that_was_killed(drive: Callable) -> None:
     """Of one node, too, the interfaces are looked at. Of a head that doesn't answer, nothing is."""
     stop(drive.nodes.pop())
-    time.sleep(1)
+    client, end = GcsClient(address=drive.address), time.monotonic() + 60
+    while sum(node.state == GcsNodeInfo.ALIVE for node in client.get_all_node_info().values()) > 1:
+        assert time.monotonic() < end, "the cluster counts a node that is gone"
+        time.sleep(0.2)
     [said], seconds = drive(False, **submitted(env_vars={"GLOO_SOCKET_IFNAME": "eth77"}))
     assert said.startswith(f"node {NODES[0]}: GLOO_SOCKET_IFNAME = 'eth77'") and seconds < SOON, said
     stop(drive.nodes.pop())
