@@ -24,6 +24,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from tiny import TINY  # noqa: E402
 
+from tp2d_helpers import cgroups  # noqa: E402
 from tp2d_helpers.cache import build_once, cache_dir  # noqa: E402
 from tp2d_helpers.config import make_config  # noqa: E402
 from tp2d_helpers.demo import build_model  # noqa: E402
@@ -76,6 +77,21 @@ def train(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         return grid.trained(config, patch)
 
     return run
+
+
+@pytest.fixture
+def control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, str]], None]:
+    """control_groups(own, files): this process is in the groups `own`, and `files` are what these have."""
+
+    def made(own: str, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cgroup" / name).write_text(text)
+        (tmp_path / "self").write_text(own)
+        monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
+        monkeypatch.setattr(cgroups, "OWN", tmp_path / "self")
+
+    return made
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

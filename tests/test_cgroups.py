@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -19,12 +19,9 @@ from tp2d_helpers import cgroups
     ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
     ("", {}, 64), ("0\n", {}, 64),
 ])  # fmt: skip
-def test_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], count: int) -> None:
-    for name, text in files.items():
-        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cgroup" / name).write_text(text)
-    (tmp_path / "self").write_text(groups)
-    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "self")
+def test_cores(
+    control_groups: Callable, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str], count: int
+) -> None:
+    control_groups(groups, files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     assert cgroups.cores() == count

@@ -24,6 +24,10 @@ OLD = ("transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.2")
 NEWEST = ("transformers",)
 UNKNOWN = "unknown"  # a type that a version hasn't got
 
+FACTORS = dict(short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0])
+LONGROPE_OF_PHIMOE = dict(original_max_position_embeddings=128, rope_scaling=dict(
+    type="longrope", short_mscale=1.1, long_mscale=1.2, original_max_position_embeddings=128, **FACTORS))  # fmt: skip
+
 
 @functools.cache
 def environment(*packages: str) -> dict[str, str]:

@@ -13,7 +13,19 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from elsewhere import NEWEST, OLD, TOKENS, UNKNOWN, distance, environment, fabricated, logits, run
+from elsewhere import (
+    FACTORS,
+    LONGROPE_OF_PHIMOE,
+    NEWEST,
+    OLD,
+    TOKENS,
+    UNKNOWN,
+    distance,
+    environment,
+    fabricated,
+    logits,
+    run,
+)
 from families import TYPES
 from other_version import TEXT
 from tiny import tiny_shape
@@ -29,7 +41,6 @@ from tp2d_helpers.model.engine import load_model
 from tp2d_helpers.model.facts import ModelFacts
 from tp2d_helpers.model.lora import targets
 
-FACTORS = dict(short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0])
 YARN = dict(factor=4.0, original_max_position_embeddings=64)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 # What version 4 writes, each unlike the default of its class.
@@ -40,8 +51,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "phi3": dict(partial_rotary_factor=1.0, original_max_position_embeddings=128,
                  rope_scaling=dict(type="longrope", **FACTORS)),
     # Beyond the original length, its class of version 5 gives other logits than that of version 4, of one folder.
-    "phimoe": dict(original_max_position_embeddings=128, rope_scaling=dict(
-        type="longrope", short_mscale=1.1, long_mscale=1.2, original_max_position_embeddings=128, **FACTORS)),
+    "phimoe": LONGROPE_OF_PHIMOE,
     "olmo3": dict(rope_scaling=dict(rope_type="yarn", **YARN)),
     "stablelm": dict(partial_rotary_factor=0.5),
     "gpt_neox": dict(rotary_emb_base=5e5, rotary_pct=0.5),

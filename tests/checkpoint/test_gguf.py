@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from elsewhere import OLD, environment, exports, logits, run
+from elsewhere import LONGROPE_OF_PHIMOE, OLD, environment, exports, logits, run
 from families import TYPES
 from transformers import AutoConfig
 
@@ -22,15 +22,13 @@ UNKNOWN = {"aria_text", "cwm", "flex_olmo", "gemma4_unified_text", "granite_swa"
 FAILS = {"hy_v3": "KeyError 'HY_V3'", "mellum": "Can not map tensor 'model.layers.0.mlp.down_proj.weight'",
          "qwen3_5_moe_text": "Tokenizer class Qwen3_5Tokenizer does not exist"}  # fmt: skip
 # What it asks of published models' configs, and what none of them has.
-FACTORS = dict(short_factor=[1.1, 1.2, 1.3, 1.4], long_factor=[2.0, 3.0, 4.0, 5.0])
 SHAPES: dict[str, dict[str, Any]] = {
     "cohere2": dict(rotary_pct=1.0),
     "gpt2": dict(n_ctx=256),
     "falcon": dict(bias=False),
     "qwen2_moe": dict(mlp_only_layers=[]),
     "minimax_m2": dict(rotary_dim=8),
-    "phimoe": dict(original_max_position_embeddings=128, rope_scaling=dict(
-        type="longrope", short_mscale=1.1, long_mscale=1.2, original_max_position_embeddings=128, **FACTORS)),
+    "phimoe": LONGROPE_OF_PHIMOE,
 }  # fmt: skip
 # By weights that go elsewhere (the constants of an activation, 8), and factors of a rope that come to them.
 MORE_NUMBERS = {"apertus": 4 - 8, "phimoe": 8, "gemma4_text": 8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,15 +92,10 @@ def test_without_a_death_the_first_error_is_the_reason(config: Config) -> None:
     ("4:memory:/job\n1:cpu:/\n0::/\n", {"memory/memory.oom_control": "under_oom 0\noom_kill 3\n"}),  # version 1
 ])  # fmt: skip
 def test_the_kernel_s_count_says_more(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, files: dict[str, str]
+    config: Config, control_groups: Callable, groups: str, files: dict[str, str]
 ) -> None:
     """Of this machine; of others it knows nothing."""
-    for name, text in files.items():
-        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "cgroup" / name).write_text(text)
-    (tmp_path / "self").write_text(groups)
-    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "self")
+    control_groups(groups, files)
     assert cgroups.out_of_memory_kills() == 3
     for host, before, by_kernel in (
         (socket.gethostname(), 2, True),

@@ -147,9 +147,8 @@ class _Planner:
         if attention:
             self.plan.attention[parent] = heads // self.tp_size, max(1, kv_heads // self.tp_size)
         cut = self.plan.cuts[f"{name}.weight"]
-        fewer = attention and any(
-            number % self.tp_size for number in self.heads.key_values
-        )  # where AutoTP would leave ranks without heads
+        # Where AutoTP, which knows one number for all layers, would leave ranks without heads.
+        fewer = attention and any(number % self.tp_size for number in self.heads.key_values)
         if turned or fewer or not cut.plain or cut.width(0) != cut.width(self.tp_size - 1):
             self.plan.own.add(name)
 

@@ -22,7 +22,7 @@ from ray.util.client import ray as client
 import tp2d_helpers
 from tp2d_helpers.config import ConfigError, reason
 from tp2d_helpers.preflight.address import check_form, find_cluster
-from tp2d_helpers.preflight.environment import cannot_write, check_environment, check_hook, token_file
+from tp2d_helpers.preflight.environment import cannot_write, check_environment, check_hook, reads_token_file, token_file
 
 WORKER_SECONDS = 120  # for a first worker process
 BUILD_SECONDS = 900  # for one whose node installs packages first: Ray itself gives up after 600
@@ -89,8 +89,7 @@ def _start_here() -> None:
 
 def _bring_token() -> None:
     """Where Ray has no token, and can't write one into the home folder, it gets one for this process's own Ray."""
-    wanted = os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
-    if wanted and not os.access(token_file(), os.R_OK) and cannot_write(token_file().parent):
+    if reads_token_file() and not os.access(token_file(), os.R_OK) and cannot_write(token_file().parent):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
 
 

@@ -93,9 +93,13 @@ def token_file() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
 
 
+def reads_token_file() -> bool:
+    """Whether Ray takes its token from there: it wants one, and the environment has none."""
+    return os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" and not os.environ.get("RAY_AUTH_TOKEN")
+
+
 def _check_token() -> None:
-    unused = os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or os.environ.get("RAY_AUTH_TOKEN")
-    if unused or not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    if not reads_token_file() or not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     try:
         if not token_file().read_text().strip():
